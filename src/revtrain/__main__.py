@@ -1,0 +1,8 @@
+"""`python -m revtrain` is `revtrain`."""
+
+import sys
+
+from revtrain.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""Data sets that live in memory as uint8, and their augmentation.
+
+B images of a batch, N images of a split, H = W pixels a side. A source is one file in this package with a
+function `load(cfg)`; `load_data` finds it by `cfg.name`, cuts subsets and computes the statistics.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revtrain.config import DATASETS
+from revtrain.data.augment import Draws, augment, draw_augmentation, normalise
+from revtrain.errors import RevtrainError
+
+__all__ = [
+    "Dataset",
+    "Draws",
+    "Split",
+    "augment",
+    "channel_statistics",
+    "draw_augmentation",
+    "load_data",
+    "normalise",
+    "user_cache",
+]
+
+# Subsets are the same in every run, whatever its seed: two runs on 1,000 images see the same 1,000.
+SUBSET_SEED = 1910_11127
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (N, 3, H, W) uint8 and labels (N,) int64, both on the CPU."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Two splits, the names of their classes, and the statistics of the training images alone.
+
+    `mean` and `std` are (3,) float32, per channel, in units of the full scale (0..1).
+    """
+
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+    mean: Tensor
+    std: Tensor
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images, in pixels."""
+        return self.train.images.shape[-1]
+
+
+def load_data(cfg: Any) -> Dataset:
+    """The data set that the `data` node of the configuration (a `DataConfig`) describes.
+
+    Raises:
+        RevtrainError: unknown name, missing or damaged files, a class count or a limit that does not fit.
+    """
+    if cfg.name not in DATASETS:
+        raise RevtrainError(f"data.name={cfg.name} is no data set.\nThere are: {', '.join(DATASETS)}.")
+    try:
+        source = importlib.import_module(f"revtrain.data.{cfg.name}")
+    except (ImportError, RuntimeError) as error:  # a torchvision built for another torch raises RuntimeError
+        raise RevtrainError(
+            f"data={cfg.name} needs torchvision, which cannot be imported beside torch {torch.__version__}:\n"
+            f"{str(error).partition(chr(10))[0]}\n"
+            "Install torch and torchvision together, from one index; data=synthetic needs no torchvision."
+        ) from error
+    if cfg.image_size is not None and cfg.image_size < 1:
+        raise RevtrainError(
+            f"data.image_size={cfg.image_size} is no number of pixels.\nGive 1 or more, or null."
+        )
+
+    train, test, classes = source.load(cfg)
+    if cfg.classes is not None and cfg.classes != len(classes):
+        raise RevtrainError(
+            f"data.classes={cfg.classes}, but the data set has {len(classes)} classes.\nLeave it out (null)."
+        )
+    train = _subset(train, len(classes), cfg.train_limit, "train")
+    test = _subset(test, len(classes), cfg.test_limit, "test")
+    mean, std = channel_statistics(train.images)
+    return Dataset(train, test, tuple(classes), mean, std)
+
+
+def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) standard deviation per channel of uint8 images (N, 3, H, W).
+
+    Returns two (3,) float32 tensors in units of the full scale (0..1).
+
+    Counts of the 256 levels are gathered chunk by chunk: exact, and no float copy of the images exists.
+    """
+    counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
+    for chunk in images.split(4096):
+        for channel in range(images.shape[1]):
+            counts[channel] += torch.bincount(chunk[:, channel].flatten(), minlength=256)
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    shares = counts.double() / counts.sum(1, keepdim=True)
+    mean = shares @ levels
+    variance = (shares * (levels - mean[:, None]) ** 2).sum(1)
+    # A constant channel has no spread to normalise by; one grey level keeps it finite.
+    return mean.float(), variance.sqrt().clamp(min=1 / 255).float()
+
+
+def user_cache() -> Path:
+    """The folder for downloads and decoded images: $XDG_CACHE_HOME/revtrain, else ~/.cache/revtrain."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "revtrain"
+
+
+def _subset(split: Split, classes: int, limit: int | None, name: str) -> Split:
+    """`limit` images, as balanced as the split allows; a smaller subset lies within a larger one."""
+    if limit is None:
+        return split
+    if not 1 <= limit <= len(split):
+        raise RevtrainError(
+            f"data.{name}_limit={limit}, but the {name} set has {len(split)} images.\n"
+            f"Give 1 to {len(split)}, or null for all."
+        )
+    shuffled = torch.randperm(len(split), generator=torch.Generator().manual_seed(SUBSET_SEED))
+    by_class = shuffled[split.labels[shuffled].argsort(stable=True)]
+    sizes = torch.bincount(split.labels, minlength=classes)
+    rank = torch.cat([torch.arange(size) for size in sizes.tolist()])  # place of each image within its class
+    chosen = by_class[rank.argsort(stable=True)[:limit]].sort().values
+    return Split(split.images[chosen], split.labels[chosen])

@@ -1,0 +1,208 @@
+"""Images in folders: `data.root` holds `train/CLASS/*` and `test/CLASS/*`.
+
+Decoded once, by PIL in a thread pool, and cached as uint8. The cache's name is a hash of the listing (paths,
+sizes, times of change) and of the image size, so a changed folder is decoded anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+import warnings
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision.datasets import ImageFolder
+
+from revtrain.data import Split, user_cache
+from revtrain.errors import RevtrainError
+
+CACHE_FORMAT = 1  # part of the hash: raise it when decoding changes
+
+log = logging.getLogger(__name__)
+
+
+def load(cfg: Any) -> tuple[Split, Split, list[str]]:
+    """Training set, test set and class names of the folder `data.root`.
+
+    All images must be square and of one size, unless `data.image_size` is given: then the shorter side is
+    resized to it and the centre is cut out.
+
+    Raises:
+        RevtrainError: missing or empty folders, differing classes, an image that cannot be used.
+    """
+    if not cfg.root:
+        raise RevtrainError(
+            "data=imagefolder needs a folder: data.root is null.\n"
+            "Give data.root=PATH, a folder that holds train/CLASS/* and test/CLASS/*."
+        )
+    root = Path(cfg.root).expanduser().absolute()
+    if not root.is_dir():
+        raise RevtrainError(
+            f"data.root={cfg.root} is no folder ({root}).\n"
+            "Give a folder that holds train/CLASS/* and test/CLASS/*."
+        )
+    train, test = _listing(root / "train"), _listing(root / "test")
+    if train.classes != test.classes:
+        missing = [name for name in train.classes if name not in test.classes]
+        extra = [name for name in test.classes if name not in train.classes]
+        raise RevtrainError(
+            f"The folders train/ and test/ in {root} hold different classes.\n"
+            f"Only in train/: {_few(missing)}. Only in test/: {_few(extra)}.\n"
+            "Give both the same class folders."
+        )
+
+    folder = Path(cfg.cache).expanduser() if cfg.cache else user_cache() / "imagefolder"
+    cache = folder / f"{_fingerprint(root, train, test, cfg.image_size)}.npz"
+    arrays = _read_cache(cache, (len(train), len(test)))
+    if arrays is None:
+        arrays = _decode_all(train, test, cfg.image_size)
+        _write_cache(cache, arrays)
+    splits = (
+        Split(torch.from_numpy(images), torch.tensor(source.targets))
+        for images, source in zip(arrays, (train, test), strict=True)
+    )
+    return *splits, train.classes
+
+
+def _listing(folder: Path) -> ImageFolder:
+    if not folder.is_dir():
+        raise RevtrainError(
+            f"There is no folder {folder}.\nThe folder data.root must hold train/CLASS/* and test/CLASS/*."
+        )
+    try:
+        return ImageFolder(folder)
+    except FileNotFoundError as error:  # no class folders, or some without an image
+        raise RevtrainError(
+            f"{folder} is empty, or has an empty class: {str(error).splitlines()[0]}\n"
+            "It must hold one folder for each class, each with at least one image (jpg, png, ...)."
+        ) from error
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5] or ["none"]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+# ---- decoding ----------------------------------------------------------------------------------------------
+
+
+def _decode_all(
+    train: ImageFolder, test: ImageFolder, image_size: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 arrays (N, 3, H, W) of both splits."""
+    log.info("decoding %d images, once", len(train) + len(test))
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        side, resize = (image_size, True) if image_size else (_side(train.samples[0][0]), False)
+        return _decode(train, side, resize, pool), _decode(test, side, resize, pool)
+
+
+def _decode(source: ImageFolder, side: int, resize: bool, pool: ThreadPoolExecutor) -> np.ndarray:
+    images = np.empty((len(source), 3, side, side), np.uint8)
+
+    def decode(index: int) -> None:
+        images[index] = _pixels(source.samples[index][0], side, resize)
+
+    for _ in pool.map(decode, range(len(source))):  # the first failure cancels what has not begun
+        pass
+    return images
+
+
+def _side(path: str) -> int:
+    """Side of the first image, which all others must share."""
+    with _opened(path) as image:
+        width, height = image.size
+    if width != height:
+        raise _wrong_size(path, width, height, "images must be square")
+    return width
+
+
+def _pixels(path: str, side: int, resize: bool) -> np.ndarray:
+    """One image as RGB, (3, side, side) uint8."""
+    with _opened(path) as image:
+        if image.mode[0] in "IF":  # PIL would clip these to 255 without a word
+            raise RevtrainError(
+                f"{path} has more than 8 bits a channel (PIL mode {image.mode}).\nConvert it to 8 bits first."
+            )
+        if not resize and image.size != (side, side):
+            raise _wrong_size(path, *image.size, f"the first one is {side}x{side} pixels")
+        try:
+            image = image.convert("RGB")
+        except Exception as error:
+            raise _unreadable(path, error) from error
+        if resize:
+            image = ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
+        return np.asarray(image).transpose(2, 0, 1)
+
+
+def _opened(path: str) -> Image.Image:
+    try:
+        return Image.open(path)
+    except Exception as error:  # PIL's decoders raise nearly anything on a damaged file
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str, error: Exception) -> RevtrainError:
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return RevtrainError(
+            f"{path} claims to be huge: {error}\n"
+            f"Remove it, or shrink it to {Image.MAX_IMAGE_PIXELS} pixels or fewer."
+        )
+    return RevtrainError(f"{path} is not an image, or is damaged: {error}\nRepair or remove it.")
+
+
+def _wrong_size(path: str, width: int, height: int, expected: str) -> RevtrainError:
+    return RevtrainError(
+        f"{path} is {width}x{height} pixels, but {expected}.\n"
+        "Give data.image_size=32 (or another side) to resize and crop all images to one size."
+    )
+
+
+# ---- cache -------------------------------------------------------------------------------------------------
+
+
+def _fingerprint(root: Path, train: ImageFolder, test: ImageFolder, image_size: int | None) -> str:
+    digest = hashlib.sha256(f"{CACHE_FORMAT} {image_size}\n".encode())
+    for path, _ in train.samples + test.samples:
+        status = os.stat(path)
+        digest.update(f"{os.path.relpath(path, root)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def _read_cache(cache: Path, counts: tuple[int, int]) -> tuple[np.ndarray, np.ndarray] | None:
+    """The cached arrays; None where there are none or the zip's checksums tell of damage."""
+    if not cache.exists():
+        return None
+    try:
+        with cache.open("rb") as raw, np.load(raw) as file:
+            arrays = file["train"], file["test"]
+        for images, count in zip(arrays, counts, strict=True):
+            if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:2] != (count, 3):
+                raise ValueError(f"unexpected array {images.dtype} {images.shape}")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        log.warning("the cache %s is damaged (%s): decoding anew", cache, error)
+        return None
+    log.info("decoded images read from %s", cache)
+    return arrays
+
+
+def _write_cache(cache: Path, arrays: tuple[np.ndarray, np.ndarray]) -> None:
+    """Write aside, then rename: a reader sees a whole cache or none. A failure costs time, not the run."""
+    part = None
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cache.parent, suffix=".part", delete=False) as file:
+            part = Path(file.name)
+            np.savez(file, train=arrays[0], test=arrays[1])
+        part.replace(cache)
+    except OSError as error:
+        log.warning("decoded images cannot be cached at %s: %s", cache, error)
+        if part is not None:
+            part.unlink(missing_ok=True)

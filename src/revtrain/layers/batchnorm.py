@@ -1,0 +1,153 @@
+"""Batch normalisation and its inverse (Eqs. 14 and 23, as corrected in docs/paper.md)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from revtrain.errors import RevtrainError
+from revtrain.invertible import Gradients, InvertibleLayer, batch_chunks
+
+
+class Normalisation(NamedTuple):
+    """What the inverse of a BN needs besides y: shapes (1, C, 1, 1), in the statistics' precision."""
+
+    mean: Tensor
+    deviation: Tensor  # sqrt(biased variance + eps): the unbiased one caps the SNR near (2 B H W)^2
+    of_batch: bool  # taken from the batch (training) or from the running statistics (evaluation)
+
+
+class InvertibleBatchNorm2d(InvertibleLayer):
+    """y = (|gamma| + epsilon_i) (x - mean) / sqrt(var + eps) + beta, per channel of x (B, C, H, W).
+
+    Eq. 14 with the gain of Eq. 23: the draft's |gamma + epsilon_i| vanishes at gamma = -epsilon_i, while
+    |gamma| + epsilon_i never falls below epsilon_i. The inverse (Eq. 21) multiplies the noise of channel i
+    by sqrt(var_i + eps) / gain_i, so a gain near zero would destroy the signal.
+
+    Args:
+        channels: C.
+        epsilon_i: least gain of a channel, without unit, >= 0.
+        eps: added to the variance, in squared units of x.
+        momentum: share of the new batch in the running statistics.
+
+    In training mode the running statistics are updated once per forward pass and never by a recomputation.
+    Raises `RevtrainError` for a negative epsilon_i.
+    """
+
+    def __init__(self, channels: int, epsilon_i: float = 0.1, eps: float = 1e-5, momentum: float = 0.1):
+        super().__init__()
+        if epsilon_i < 0:
+            raise RevtrainError(f"epsilon_i={epsilon_i} is negative.\nExpected 0 or more; 0.1 to 0.2 serve well.")
+        self.channels, self.epsilon_i, self.eps, self.momentum = channels, epsilon_i, eps, momentum
+        # |gamma| + epsilon_i starts at 1, as in an ordinary BN.
+        self.weight = nn.Parameter(torch.full((channels,), max(0.0, 1.0 - epsilon_i)))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, epsilon_i={self.epsilon_i}, eps={self.eps}, momentum={self.momentum}"
+
+    def gain(self) -> Tensor:
+        """|gamma| + epsilon_i, shape (C,) (Eq. 23)."""
+        return self.weight.abs() + self.epsilon_i
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            self.gain(),
+            self.bias,
+            training=self.training,
+            momentum=self.momentum,
+            eps=self.eps,
+        )
+
+    def forward_(self, x: Tensor) -> tuple[Tensor, Normalisation]:
+        if not self.training:
+            deviation = torch.sqrt(self.running_var + self.eps)
+            saved = Normalisation(_per_channel(self.running_mean.clone()), _per_channel(deviation), False)
+            return self.replay_(x, saved), saved
+        mean = channel_mean(x, self.chunk_bytes)
+        x.sub_(mean)
+        variance = channel_mean_of_squares(x, self.chunk_bytes)
+        self._update_running_statistics(mean.flatten(), variance.flatten(), x.numel() // self.channels)
+        saved = Normalisation(mean, torch.sqrt(variance + self.eps), True)
+        return self._scale_(x, saved), saved
+
+    def replay_(self, x: Tensor, saved: Normalisation) -> Tensor:
+        return self._scale_(x.sub_(saved.mean), saved)
+
+    def inverse_(self, y: Tensor, saved: Normalisation) -> Tensor:
+        gain, bias = self._gain_and_bias(saved)
+        return y.sub_(bias).mul_(saved.deviation / gain).add_(saved.mean)
+
+    def backward_(self, y: Tensor, dy: Tensor, saved: Normalisation, grads: Gradients) -> tuple[Tensor, Tensor]:
+        gain, bias = self._gain_and_bias(saved)
+        xhat = y.sub_(bias).div_(gain)
+        dbias, dgain = _sums_for_affine(xhat, dy, self.chunk_bytes)
+        if saved.of_batch:  # through the mean and the variance, too
+            count = y.numel() // self.channels
+            for sl in batch_chunks(dy, self.chunk_bytes):
+                dy[sl].sub_(xhat[sl] * (dgain / count)).sub_(dbias / count)
+        dy.mul_(gain / saved.deviation)
+        grads.add(self.bias, dbias.flatten())
+        grads.add(self.weight, dgain.flatten() * torch.sign(self.weight))
+        return xhat.mul_(saved.deviation).add_(saved.mean), dy
+
+    def _scale_(self, centred: Tensor, saved: Normalisation) -> Tensor:
+        gain, bias = self._gain_and_bias(saved)
+        return centred.mul_(gain / saved.deviation).add_(bias)
+
+    def _gain_and_bias(self, saved: Normalisation) -> tuple[Tensor, Tensor]:
+        dtype = saved.mean.dtype
+        return _per_channel(self.gain().detach().to(dtype)), _per_channel(self.bias.detach().to(dtype))
+
+    def _update_running_statistics(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        # The running variance is the unbiased one, as torch keeps it; only the inverse needs the biased one.
+        unbiased = variance * (count / max(1, count - 1))
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    return values.view(1, -1, 1, 1)
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def channel_mean(x: Tensor, chunk_bytes: int) -> Tensor:
+    """Mean over B, H, W of x (B, C, H, W): (1, C, 1, 1), in float32 or better, chunk by chunk."""
+    dtype = _statistics_dtype(x)
+    sums = [x[sl].sum((0, 2, 3), keepdim=True, dtype=dtype) for sl in batch_chunks(x, chunk_bytes)]
+    return _combine(sums, x, dtype)
+
+
+def channel_mean_of_squares(x: Tensor, chunk_bytes: int) -> Tensor:
+    """Mean of x^2 over B, H, W: (1, C, 1, 1). Of a centred x this is the biased variance."""
+    dtype = _statistics_dtype(x)
+    sums = [x[sl].to(dtype).square().sum((0, 2, 3), keepdim=True) for sl in batch_chunks(x, chunk_bytes)]
+    return _combine(sums, x, dtype)
+
+
+def _combine(sums: list[Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
+    # The chunks' sums are few and small: adding them in float64 costs nothing (MPS has none).
+    wide = dtype if x.device.type == "mps" else torch.float64
+    return (torch.stack(sums).to(wide).sum(0) / (x.numel() // x.shape[1])).to(dtype)
+
+
+def _sums_for_affine(xhat: Tensor, dy: Tensor, chunk_bytes: int) -> tuple[Tensor, Tensor]:
+    """(sum of dy, sum of dy * xhat) over B, H, W, each (1, C, 1, 1): the gradients of bias and gain."""
+    dtype = _statistics_dtype(dy)
+    dbias = torch.zeros(1, dy.shape[1], 1, 1, dtype=dtype, device=dy.device)
+    dgain = torch.zeros_like(dbias)
+    for sl in batch_chunks(dy, chunk_bytes):
+        dbias += dy[sl].sum((0, 2, 3), keepdim=True, dtype=dtype)
+        dgain += (dy[sl] * xhat[sl]).sum((0, 2, 3), keepdim=True, dtype=dtype)
+    return dbias, dgain

@@ -1,0 +1,20 @@
+"""Measurements from outside: the layers know nothing of them.
+
+probe_snr             SNR in dB of every reconstructed activation (Eq. 15)
+measure_step_memory   peak live bytes of one training step, without allocating anything
+LiveStorages          the counter behind it, for any code
+"""
+
+from revtrain.measure.memory import LiveStorages, StepMemory, measure_step_memory, training_step_memory
+from revtrain.measure.snr import SNR_CEILING_DB, SnrObserver, probe_snr, snr_db
+
+__all__ = [
+    "SNR_CEILING_DB",
+    "LiveStorages",
+    "SnrObserver",
+    "StepMemory",
+    "measure_step_memory",
+    "probe_snr",
+    "snr_db",
+    "training_step_memory",
+]

@@ -1,0 +1,170 @@
+"""Memory of a training step as a count of live storages: the same figure on any machine and device.
+
+`LiveStorages` sees every tensor that torch makes. A storage counts from the operation that returns it until
+its last reference is gone. Scratch inside a kernel (a convolution's workspace) is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from revtrain.models import build_model
+from revtrain.optim import make_optimizer
+
+
+class LiveStorages(TorchDispatchMode):
+    """Counts the bytes of all storages made inside its `with` block: `live_bytes` now, `peak_bytes` at most.
+
+    Enter it before the tensors of interest exist. `timeline` (when `record` is set) is the number of live
+    bytes after each operation that changed it.
+    """
+
+    def __init__(self, record: bool = False):
+        super().__init__()
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self.timeline: list[int] | None = [] if record else None
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        return result
+
+    def reset_peak(self) -> None:
+        """Start a new phase: the peak so far is forgotten."""
+        self.peak_bytes = self.live_bytes
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        size = storage.nbytes()
+        self._change(size)
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self._change(-size)
+
+    def _change(self, size: int) -> None:
+        self.live_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        if self.timeline is not None:
+            self.timeline.append(self.live_bytes)
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of one training step; see `measure_step_memory`."""
+
+    batch: int
+    image_size: int
+    peak_bytes: int  # most bytes alive at any time of the step
+    parameter_bytes: int  # M_theta, running statistics included
+    gradient_bytes: int  # of the parameters
+    optimizer_bytes: int  # momentum
+    activation_bytes: int  # what the peak of forward and backward adds to the three above
+    bytes_per_pixel: float  # slope of that peak over batch * height * width
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Peaks:
+    forward_backward: int
+    step: int
+    parameters: int
+    gradients: int
+    optimizer: int
+
+
+def training_step_memory(
+    make: Callable[[], tuple[nn.Module, torch.optim.Optimizer]],
+    batch: int,
+    image_size: int,
+    classes: int = 10,
+    autocast: Callable[[], Any] | None = None,
+    device: str = "cpu",
+) -> _Peaks:
+    """Peak live bytes of the second of two training steps of the model and optimizer that `make` builds.
+
+    Real tensors, or fake ones inside a `FakeTensorMode`. The second step is the typical one: momentum
+    exists and the gradients of the first are gone.
+    """
+    counter = LiveStorages()
+    with counter:
+        model, optimizer = make()
+        model.train()
+        parameters = counter.live_bytes
+        for _ in range(2):
+            optimizer.zero_grad(set_to_none=True)
+            between = counter.live_bytes
+            images = torch.randn(batch, 3, image_size, image_size, device=device)
+            labels = torch.zeros(batch, dtype=torch.int64, device=device)
+            counter.reset_peak()
+            with autocast() if autocast else _nothing():
+                loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+            forward_backward = counter.peak_bytes
+            del images, labels, loss
+            gradients = counter.live_bytes - between
+            optimizer.step()
+            step = max(forward_backward, counter.peak_bytes)
+    return _Peaks(forward_backward, step, parameters, gradients, between - parameters)
+
+
+def measure_step_memory(cfg: Any, classes: int, image_size: int, batch: int) -> StepMemory:
+    """Peak live bytes of one training step of `cfg` at `batch`, predicted with fake tensors.
+
+    Nothing is allocated and the device plays no part. `bytes_per_pixel` is the slope of the peak of forward
+    and backward between half the batch and the batch: weights, their gradients, momentum and scratch of
+    fixed size fall out of it.
+    """
+
+    def peaks(size: int) -> _Peaks:
+        def make():
+            model = build_model(cfg, classes, image_size)
+            return model, make_optimizer(model, cfg)
+
+        with FakeTensorMode(), torch.random.fork_rng([]):
+            return training_step_memory(make, size, image_size, classes, _autocast(cfg))
+
+    half, full = peaks(max(1, batch // 2)), peaks(batch)
+    pixels = (batch - max(1, batch // 2)) * image_size**2
+    fixed = full.parameters + full.gradients + full.optimizer
+    return StepMemory(
+        batch=batch,
+        image_size=image_size,
+        peak_bytes=full.step,
+        parameter_bytes=full.parameters,
+        gradient_bytes=full.gradients,
+        optimizer_bytes=full.optimizer,
+        activation_bytes=max(0, full.forward_backward - fixed),
+        bytes_per_pixel=(full.forward_backward - half.forward_backward) / pixels if pixels else 0.0,
+    )
+
+
+def _autocast(cfg: Any) -> Callable[[], Any] | None:
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.precision)
+    return None if dtype is None else lambda: torch.autocast("cpu", dtype=dtype)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield

@@ -1,0 +1,55 @@
+"""ResNet-18 for CIFAR: the baseline that stores the input of every layer.
+
+Legend: B batch, c = cfg.width (64), one stage more than cfg.pooling has entries; every entry is "stride".
+
+    images (B, 3, 32, 32)
+      stem        conv 3x3, BN, ReLU  (no max-pool)  (B, c, 32, 32)
+      stage 1     2 x BasicBlock                     (B, c, 32, 32)
+      stage 2     2 x BasicBlock, first of stride 2  (B, 2c, 16, 16)
+      stage 3     2 x BasicBlock, first of stride 2  (B, 4c, 8, 8)
+      stage 4     2 x BasicBlock, first of stride 2  (B, 8c, 4, 4)
+      head        mean over pixels, linear           (B, classes)
+
+depth=18 has the blocks above, depth=34 has 3, 4, 6 and 3. The blocks are torchvision's; `backward` changes
+nothing here, as there is nothing to invert.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torchvision.models.resnet import BasicBlock
+
+from revtrain.errors import RevtrainError
+from revtrain.layers import check_pooling
+from revtrain.models.parts import Head, conv3x3
+from revtrain.models.revnet import down_sampling
+
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
+
+
+def build(cfg, classes: int, image_size: int) -> nn.Sequential:
+    """ResNet of standard depth; see the module's legend. Raises `RevtrainError` for another depth."""
+    if cfg.depth not in BLOCKS:
+        raise RevtrainError(f"depth={cfg.depth} is no standard depth of resnet18.\nExpected depth=18 or depth=34.")
+    if list(cfg.pooling) != ["stride"] * 3:
+        raise RevtrainError(
+            f"pooling={list(cfg.pooling)} does not fit arch=resnet18.\nExpected pooling=[stride,stride,stride]."
+        )
+    check_pooling(cfg.pooling, image_size)
+    channels = cfg.width
+    stages = []
+    for stage, blocks in enumerate(BLOCKS[cfg.depth]):
+        first = BasicBlock(channels, channels)
+        if stage > 0:
+            first = down_sampling(channels, 2 * channels)
+            channels *= 2
+        stages.append(nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(blocks - 1))))
+    model = nn.Sequential(
+        nn.Sequential(conv3x3(3, cfg.width), nn.BatchNorm2d(cfg.width), nn.ReLU(inplace=True)),
+        nn.Sequential(*stages),
+        Head(channels, classes),
+    )
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):  # as torchvision's own ResNet starts
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model

@@ -1,0 +1,242 @@
+"""What a run leaves behind: metrics.jsonl, result.json, TensorBoard events, a table on the terminal.
+
+`metrics.jsonl` has one line an epoch, epoch 0 being the state before the first step (see `Report.epoch`).
+`result.json` is written in one step at the end, whatever the end was (see `new_result`).
+Both are strict JSON: a value that was not measured, or is not finite, is null.
+
+This module does not import torch until a run starts, so that a refused configuration is answered at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from revtrain.files import write_atomic
+
+log = logging.getLogger(__name__)
+
+HYPER_PARAMETERS = (
+    "arch", "depth", "width", "slope", "pooling", "backward", "batch", "epochs", "lr", "precision", "seed",
+)  # fmt: skip
+LINE_KEYS = (
+    "epoch", "step", "lr", "loss_train", "loss_test", "accuracy_train", "accuracy_test", "train_images",
+    "train_seconds", "images_per_second", "snr_db", "peak_vram_mib",
+)  # fmt: skip
+# the columns of the HParams tab
+KEY_METRICS = ("accuracy/test", "snr_db/min", "memory/bytes_per_pixel")
+# the custom-scalars tab, so that the dashboard opens on meaning; its tags are regular expressions
+LAYOUT = {
+    "revtrain": {
+        "accuracy": ["Multiline", ["accuracy/test", "accuracy/train"]],
+        "loss": ["Multiline", ["loss/test", "loss/train"]],
+        "SNR (dB), minimum": ["Multiline", ["snr_db/min$"]],
+        "SNR (dB), per layer": ["Multiline", ["snr_db/(?!min$)"]],
+        "memory (bytes per pixel)": ["Multiline", ["memory/bytes_per_pixel"]],
+        "memory (peak VRAM, MiB)": ["Multiline", ["memory/peak_vram_mib"]],
+        "speed (images/s)": ["Multiline", ["speed/images_per_second"]],
+        "learning rate": ["Multiline", ["lr"]],
+    }
+}
+
+
+def new_result(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """result.json as it is before anything was measured. Units are in the names; accuracies are 0..1.
+
+    `status` is completed, failed or interrupted (Ctrl-C). `snr_db` is {"minimum", "minimum_layer", "layers"}
+    of the last probe, null in store mode. `peak_vram_mib` is {"allocated", "reserved"} over the training
+    steps, null without CUDA. `memory_bytes` takes the peak of one training step apart. `train_seconds` counts
+    training steps only, and includes those of a run that was resumed.
+    """
+    return {
+        "status": "failed",
+        "error": None,
+        "arch": config.get("arch"),
+        "params": None,
+        "epochs": 0,
+        "test_accuracy": None,
+        "best_test_accuracy": None,
+        "train_seconds": None,
+        "images_per_second": None,
+        "snr_db": None,
+        "peak_vram_mib": None,
+        "bytes_per_pixel": None,
+        "memory_bytes": None,
+        "device": None,
+        "versions": versions(),
+        "overrides": list(overrides),
+        "config": config,
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """The versions that a result depends on."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("revtrain", "torch", "torchvision", "hydra-core"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def write_result(run_dir: Path, result: dict[str, Any]) -> None:
+    """Write result.json in one step.
+
+    Raises:
+        OSError: the disk is full or the folder not writable.
+    """
+    text = json.dumps(_finite(result), indent=2, allow_nan=False) + "\n"
+    write_atomic(Path(run_dir) / "result.json", text.encode())
+
+
+def holds_run(run_dir: Path) -> bool:
+    """Whether a run has left results in this folder."""
+    return any((Path(run_dir) / name).exists() for name in ("metrics.jsonl", "result.json", "last.pt"))
+
+
+def one_line(error: BaseException) -> str:
+    """The error as result.json and lists of jobs show it: the type where it is not meant for users."""
+    from revtrain.errors import RevtrainError
+
+    text = str(error)
+    return text if isinstance(error, RevtrainError) else f"{type(error).__name__}: {text}"
+
+
+class Report:
+    """Collects what a run measures and writes it where people and programs look for it.
+
+    Args:
+        run_dir: an existing folder of this run alone.
+        config: the resolved configuration.
+        overrides: the command line that made it.
+    """
+
+    def __init__(self, run_dir: Path, config: dict[str, Any], overrides: list[str]):
+        self.run_dir = Path(run_dir)
+        self.result = new_result(config, overrides)
+        self.history: list[dict[str, Any]] = []
+        self._writer = None
+
+    def start(self, history: list[dict[str, Any]]) -> None:
+        """Open the files; the lines of a run that is continued come first."""
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        self._writer = SummaryWriter(str(self.run_dir))
+        config = self.result["config"]
+        values = {key: config[key] for key in HYPER_PARAMETERS}
+        values["pooling"] = ",".join(values["pooling"])
+        # SummaryWriter.add_hparams would open a second run below this one, with no curves in it
+        experiment, session_start, self._session_end = hparams(values, dict.fromkeys(KEY_METRICS, 0.0))
+        self._writer.file_writer.add_summary(experiment)
+        self._writer.file_writer.add_summary(session_start)
+        self._writer.add_custom_scalars(LAYOUT)
+        for line in history:
+            self.epoch(line)
+
+    def epoch(self, line: dict[str, Any]) -> None:
+        """Append one epoch.
+
+        Args:
+            line: the `LINE_KEYS`; accuracies are 0..1, `lr` is that of the last step, `snr_db` and
+                `peak_vram_mib` are as in result.json; None where not measured.
+        """
+        line = _finite(line)
+        with open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+        self.history.append(line)
+        self._update_result()
+
+        snr = line["snr_db"] or {"minimum": None, "layers": {}}
+        vram = line["peak_vram_mib"] or {"allocated": None}
+        scalars = {
+            "accuracy/train": line["accuracy_train"],
+            "accuracy/test": line["accuracy_test"],
+            "loss/train": line["loss_train"],
+            "loss/test": line["loss_test"],
+            "lr": line["lr"],
+            "snr_db/min": snr["minimum"],
+            **{f"snr_db/{layer}": value for layer, value in snr["layers"].items()},
+            "memory/peak_vram_mib": vram["allocated"],
+            "memory/bytes_per_pixel": self.result["bytes_per_pixel"],
+            "speed/images_per_second": line["images_per_second"],
+        }
+        for tag, value in scalars.items():
+            if value is not None:
+                self._writer.add_scalar(tag, value, line["epoch"])
+        self._writer.flush()
+
+    def finish(self, status: str, error: BaseException | None = None) -> None:
+        """Write result.json and close the files."""
+        self.result["status"] = status
+        self.result["error"] = None if error is None else one_line(error)
+        write_result(self.run_dir, self.result)
+        if self._writer is not None:
+            if status == "completed":
+                self._writer.file_writer.add_summary(self._session_end)
+            self._writer.close()
+
+    def table(self) -> str:
+        """The last word on the terminal."""
+        result = self.result
+        snr, vram = result["snr_db"], result["peak_vram_mib"]
+        folder = _short(self.run_dir)
+        accuracy, best = _percent(result["test_accuracy"]), _percent(result["best_test_accuracy"])
+        rows = {
+            "test accuracy": f"{accuracy} (best {best})",
+            "minimum SNR": f"{snr['minimum']:.1f} dB at {snr['minimum_layer']}" if snr else "not measured",
+            "memory": f"{result['bytes_per_pixel']:.1f} bytes per pixel, weights and their gradients apart",
+            "peak VRAM": "no CUDA",
+            "speed": f"{result['images_per_second']:,.0f} images/s, {result['train_seconds']:,.0f} s in all",
+            "run": folder,
+            "dashboard": f"tensorboard --logdir {folder}",
+        }
+        if vram:
+            rows["peak VRAM"] = f"{vram['allocated']} MiB allocated, {vram['reserved']} MiB reserved"
+        width = max(map(len, rows))
+        title = f"{result['arch']}, {result['params']:,} parameters, {result['epochs']} epochs"
+        rule = "-" * max(len(title), 60)
+        return "\n".join([rule, title, *(f"  {name:<{width}}  {text}" for name, text in rows.items()), rule])
+
+    def _update_result(self) -> None:
+        trained = [line for line in self.history if line["train_seconds"] is not None]
+        probed = [line["snr_db"] for line in self.history if line["snr_db"]]
+        peaks = [line["peak_vram_mib"] for line in self.history if line["peak_vram_mib"]]
+        accuracies = [line["accuracy_test"] for line in trained if line["accuracy_test"] is not None]
+        seconds = sum(line["train_seconds"] for line in trained)
+        self.result.update(
+            epochs=self.history[-1]["epoch"],
+            test_accuracy=accuracies[-1] if accuracies else None,
+            best_test_accuracy=max(accuracies, default=None),
+            train_seconds=seconds if trained else None,
+            images_per_second=sum(line["train_images"] for line in trained) / seconds if seconds else None,
+            snr_db=probed[-1] if probed else None,
+            peak_vram_mib={key: max(peak[key] for peak in peaks) for key in peaks[0]} if peaks else None,
+        )
+
+
+def _finite(value: Any) -> Any:
+    """The same containers with None in place of NaN and the infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {str(key): _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _percent(accuracy: float | None) -> str:
+    return "not measured" if accuracy is None else f"{100 * accuracy:.2f} %"
+
+
+def _short(path: Path) -> str:
+    """Relative to where the user is, if the path lies below."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

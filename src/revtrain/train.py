@@ -1,0 +1,384 @@
+"""The training loop, from top to bottom.
+
+B images of a batch, H = W pixels a side. `train` guards, `_train` does the work in the order of its banners.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from revtrain import checkpoint
+from revtrain import device as devices
+from revtrain.config import REVERSIBLE, validate
+from revtrain.errors import RevtrainError
+from revtrain.files import DISK_FULL
+from revtrain.optim import learning_rate, make_optimizer
+from revtrain.report import LINE_KEYS, Report, holds_run
+
+log = logging.getLogger(__name__)
+
+CHECK_EVERY = 20  # steps between two looks at the losses: each look waits for the GPU
+
+
+def train(cfg: Any, run_dir: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Train the network that `cfg` describes and write everything into `run_dir`.
+
+    Args:
+        cfg: the composed configuration, from `revtrain.conf.compose` or Hydra.
+        run_dir: a folder for this run alone; made if it does not exist.
+        overrides: the command line, for the messages that tell how to continue.
+
+    Returns:
+        The contents of result.json (see `revtrain.report.new_result`).
+
+    Raises:
+        RevtrainError: the configuration, the data or the checkpoint cannot be used, the disk or the memory is
+            full, or the loss is no longer finite; or `run_dir` holds a run already.
+        KeyboardInterrupt: Ctrl-C.
+        In both cases result.json says so and last.pt holds the last completed epoch, epoch 0 being the start.
+    """
+    run_dir = Path(run_dir)
+    if holds_run(run_dir):
+        raise RevtrainError(
+            f"{run_dir} already holds a run; nothing of it was changed.\n"
+            "Choose another folder, or leave hydra.run.dir out: each run then gets a new one."
+        )
+    report = Report(run_dir, OmegaConf.to_container(cfg, resolve=True), list(overrides or ()))
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _train(cfg, run_dir, report)
+        report.finish("completed")
+    except KeyboardInterrupt:
+        report.finish("interrupted")
+        raise
+    except Exception as error:
+        mendable = _explain(error, run_dir, report.result["overrides"])
+        with suppress(OSError):  # a full disk may not take result.json either; the error itself matters more
+            report.finish("failed", mendable or error)
+        if mendable is None or mendable is error:
+            raise
+        raise mendable from error
+    log.info("%s", report.table())
+    return report.result
+
+
+def _train(cfg: Any, run_dir: Path, report: Report) -> None:
+    from revtrain.data import load_data
+
+    validate(cfg)
+    device = devices.choose_device(cfg.device)
+    devices.check_precision(device, cfg.precision)
+    resumed = checkpoint.load(cfg.resume) if cfg.resume is not None else None
+
+    # ---- data: uint8 on the host; one generator decides order and augmentation -------------------
+    data = load_data(cfg.data)
+    classes, size, available = len(data.classes), data.image_size, len(data.train.labels)
+    if cfg.batch > available:
+        raise RevtrainError(
+            f"batch={cfg.batch} was given; the training set has {available} images.\n"
+            f"Use batch={available} or less."
+        )
+    generator = torch.Generator().manual_seed(cfg.seed)
+    if resumed is not None:
+        for difference in checkpoint.check_compatible(resumed, report.result["config"], classes):
+            log.warning("resume     no longer bit-equal to an uninterrupted run: %s", difference)
+    log.info("data       %s: %d + %d images, %dx%d, %d classes",
+             cfg.data.name, available, len(data.test.labels), size, size, classes)  # fmt: skip
+
+    try:
+        _fit(cfg, run_dir, report, data, device, generator, resumed)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise _out_of_memory(cfg, classes, size, device) from error
+
+
+def _fit(
+    cfg: Any,
+    run_dir: Path,
+    report: Report,
+    data: Any,
+    device: torch.device,
+    generator: torch.Generator,
+    resumed: dict[str, Any] | None,
+) -> None:
+    from revtrain.data import augment, draw_augmentation, normalise
+    from revtrain.measure import measure_step_memory, probe_snr
+    from revtrain.models import build_model
+
+    images, labels = data.train.images, data.train.labels
+    classes, size = len(data.classes), data.image_size
+    mean, std = data.mean.to(device), data.std.to(device)
+    steps_per_epoch = len(labels) // cfg.batch  # the last, incomplete batch is dropped
+
+    # ---- model -----------------------------------------------------------------------------------
+    torch.manual_seed(cfg.seed)
+    model = build_model(cfg, classes=classes, image_size=size).to(device)
+    memory = measure_step_memory(cfg, classes, size, cfg.batch)
+    report.result.update(
+        params=sum(p.numel() for p in model.parameters()),
+        bytes_per_pixel=memory.bytes_per_pixel,
+        memory_bytes={
+            "peak": memory.peak_bytes,
+            "parameters": memory.parameter_bytes,
+            "gradients": memory.gradient_bytes,
+            "optimizer": memory.optimizer_bytes,
+            "activations": memory.activation_bytes,
+        },
+        device=devices.describe(device),
+    )
+    log.info("model      %s: %s parameters, backward=%s, %.1f bytes per pixel; %s, %s",
+             cfg.arch, f"{report.result['params']:,}", cfg.backward, memory.bytes_per_pixel,
+             device, cfg.precision)  # fmt: skip
+
+    # ---- optimizer: the rate is a function of the step -------------------------------------------
+    optimizer = make_optimizer(model, cfg)
+    scaler = devices.make_scaler(device, cfg.precision)
+    rate = learning_rate(cfg, cfg.epochs * steps_per_epoch)
+
+    # ---- resume: weights, momentum, random states ------------------------------------------------
+    start, best_accuracy, history = 0, 0.0, []
+    if resumed is not None:
+        start, best_accuracy, history = resumed["epoch"], resumed["best_accuracy"], resumed["history"]
+        checkpoint.restore(resumed, model, optimizer, scaler, generator, device)
+        log.info("resume     %s after epoch %d", cfg.resume, start)
+    report.start(history)
+
+    # ---- probe: the SNR of reconstructed activations on one fixed, unaugmented batch -------------
+    chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[: cfg.probe.batch]
+
+    def probe(epoch: int) -> dict[str, Any] | None:
+        if cfg.probe.every == 0 or epoch % cfg.probe.every:
+            return None
+        inputs = normalise(images[chosen].to(device), mean, std)
+        with devices.autocast(device, cfg.precision):
+            return summarise_snr(probe_snr(model, inputs, labels[chosen].to(device)))
+
+    def save(epoch: int) -> None:
+        checkpoint.save(
+            run_dir / checkpoint.NAME,
+            {
+                "config": report.result["config"],
+                "overrides": report.result["overrides"],
+                "classes": classes,
+                "epoch": epoch,
+                "best_accuracy": best_accuracy,
+                "history": report.history,
+                **checkpoint.capture(model, optimizer, scaler, generator, device),
+            },
+        )
+
+    if not history:
+        report.epoch(_line(epoch=0, step=0, snr_db=probe(0)))
+    save(start)  # also the first epoch can be interrupted
+
+    # ---- the loop --------------------------------------------------------------------------------
+    for epoch in range(start + 1, cfg.epochs + 1):
+        model.train()
+        devices.reset_peak(device)
+        losses = torch.zeros(steps_per_epoch, device=device)
+        correct = torch.zeros((), dtype=torch.int64, device=device)
+        order = torch.randperm(len(labels), generator=generator)
+        bar = tqdm(total=steps_per_epoch * cfg.batch, desc=f"epoch {epoch}/{cfg.epochs}", unit=" images",
+                   disable=None, leave=False)  # fmt: skip
+        started = time.perf_counter()
+        with bar:
+            for step in range(steps_per_epoch):
+                picked = order[step * cfg.batch : (step + 1) * cfg.batch]
+                draws = draw_augmentation(cfg.batch, size, cfg.data.augment, generator)
+                inputs = augment(images[picked].to(device), draws, mean, std, cfg.data.augment)
+                targets = labels[picked].to(device)
+
+                lr = rate((epoch - 1) * steps_per_epoch + step)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                with devices.autocast(device, cfg.precision):
+                    logits = model(inputs)
+                    loss = F.cross_entropy(logits.float(), targets, label_smoothing=cfg.label_smoothing)
+                scaler.scale(loss).backward()
+                if cfg.clip_grad_norm is not None:
+                    scaler.unscale_(optimizer)
+                    nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad_norm)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+
+                losses[step] = loss.detach()
+                correct += (logits.detach().argmax(1) == targets).sum()
+                del inputs, logits, loss  # or they would still be there when the next step makes its own
+                bar.update(cfg.batch)
+                if (step + 1) % CHECK_EVERY == 0:
+                    _check_finite(losses[: step + 1], epoch, cfg)
+                    if not bar.disable:
+                        done = (step + 1) * cfg.batch
+                        bar.set_postfix(loss=f"{losses[: step + 1].mean().item():.3f}",
+                                        accuracy=f"{correct.item() / done:.3f}")  # fmt: skip
+            devices.synchronize(device)
+        seconds = time.perf_counter() - started
+        peak = devices.peak_vram_mib(device)
+        _check_finite(losses, epoch, cfg)
+        _check_weights(model, epoch, cfg)
+
+        # -- after the epoch: test, probe, report, checkpoint
+        loss_test, accuracy_test = evaluate(model, data.test, cfg, mean, std, device)
+        best_accuracy = max(best_accuracy, accuracy_test)
+        trained = steps_per_epoch * cfg.batch
+        line = _line(
+            epoch=epoch,
+            step=epoch * steps_per_epoch,
+            lr=lr,
+            loss_train=losses.mean().item(),
+            loss_test=loss_test,
+            accuracy_train=correct.item() / trained,
+            accuracy_test=accuracy_test,
+            train_images=trained,
+            train_seconds=seconds,
+            images_per_second=trained / seconds,
+            snr_db=probe(epoch),
+            peak_vram_mib=peak,
+        )
+        report.epoch(line)
+        save(epoch)
+        log.info("%s", _summary(line, cfg.epochs))
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, split: Any, cfg: Any, mean: Tensor, std: Tensor, device: torch.device
+) -> tuple[float, float]:
+    """Mean loss and accuracy (0..1) over a whole split (`.images`, `.labels`), unaugmented, in eval mode."""
+    from revtrain.data import normalise
+
+    model.eval()
+    loss = torch.zeros((), dtype=torch.float64)
+    correct = 0
+    for images, labels in zip(split.images.split(cfg.batch), split.labels.split(cfg.batch), strict=True):
+        labels = labels.to(device)
+        with devices.autocast(device, cfg.precision):
+            logits = model(normalise(images.to(device), mean, std)).float()
+        loss += F.cross_entropy(logits, labels, reduction="sum").cpu()
+        correct += (logits.argmax(1) == labels).sum().item()
+    return loss.item() / len(split.labels), correct / len(split.labels)
+
+
+def summarise_snr(layers: dict[str, float]) -> dict[str, Any] | None:
+    """{"minimum", "minimum_layer", "layers"} in dB; None without layers."""
+    if not layers:
+        return None
+    worst = min(layers, key=layers.__getitem__)
+    return {"minimum": layers[worst], "minimum_layer": worst, "layers": layers}
+
+
+def _line(**measured: Any) -> dict[str, Any]:
+    """A line of metrics.jsonl: always the same keys, null where nothing was measured."""
+    return {**dict.fromkeys(LINE_KEYS), **measured}
+
+
+def _summary(line: dict[str, Any], epochs: int) -> str:
+    snr = f"  SNR min {line['snr_db']['minimum']:.1f} dB" if line["snr_db"] else ""
+    return (
+        f"epoch {line['epoch']:>{len(str(epochs))}}/{epochs}"
+        f"  loss {line['loss_train']:.3f} train {line['loss_test']:.3f} test"
+        f"  accuracy {100 * line['accuracy_train']:.2f} % train {100 * line['accuracy_test']:.2f} % test"
+        f"{snr}  {line['images_per_second']:,.0f} images/s"
+    )
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+
+def _check_finite(losses: Tensor, epoch: int, cfg: Any) -> None:
+    """Raise on the first loss of this epoch that is NaN or infinite."""
+    bad = (~torch.isfinite(losses)).nonzero()
+    if len(bad):
+        step = int(bad[0])
+        raise _diverged(
+            f"the loss became {losses[step].item()} at step {step + 1} of epoch {epoch}", epoch, cfg
+        )
+
+
+def _check_weights(model: nn.Module, epoch: int, cfg: Any) -> None:
+    """Raise when the last step of an epoch left NaN or infinity in the weights or running statistics."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise _diverged(f"{name} was no longer finite at the end of epoch {epoch}", epoch, cfg)
+
+
+def _diverged(what: str, epoch: int, cfg: Any) -> RevtrainError:
+    ways = [f"a lower rate, as in lr={cfg.lr / 4:g}", "clip_grad_norm=1"]
+    if cfg.backward == "invert" and cfg.arch in REVERSIBLE:
+        ways += ["a larger slope or epsilon_i", "backward=store to see whether the inversion is to blame"]
+    if cfg.precision != "fp32":
+        ways.append("precision=fp32")
+    good = f"epoch {epoch - 1}" if epoch > 1 else "the start: no epoch was completed"
+    return RevtrainError(f"Training stopped: {what}.\nlast.pt holds {good}.\nTry {', or '.join(ways)}.")
+
+
+def _explain(error: Exception, run_dir: Path, overrides: list[str]) -> RevtrainError | None:
+    """What the user can do about an error from below; None where it is a bug of ours."""
+    if isinstance(error, RevtrainError):
+        return error
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return RevtrainError(
+            f"The disk is full: a file in {run_dir} could not be written ({error.strerror}).\n"
+            "What last.pt held before is still whole. Make room, then continue:\n"
+            f"{checkpoint.command(overrides, run_dir)}"
+        )
+    if isinstance(error, OSError) and error.filename:
+        at = Path(error.filename)
+        if at == run_dir or at in run_dir.parents or run_dir in at.parents:
+            return RevtrainError(
+                f"{error.filename}: {error.strerror}. The run's files go to {run_dir}.\n"
+                "Choose another folder with hydra.run.dir=FOLDER, or give yourself the right to write there."
+            )
+    return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # the CPU's allocator and Apple's raise a plain RuntimeError
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError)
+        and any(
+            text in str(error) for text in ("can't allocate memory", "not enough memory", "out of memory")
+        )
+    )
+
+
+def _out_of_memory(cfg: Any, classes: int, size: int, device: torch.device) -> RevtrainError:
+    """Say how large a batch would fit: a step's peak grows linearly with the batch, so two sizes tell."""
+    from revtrain.measure import measure_step_memory
+
+    small = max(2, cfg.batch // 2)
+    large = 2 * small
+    low, high = (measure_step_memory(cfg, classes, size, batch).peak_bytes for batch in (small, large))
+    per_image = (high - low) / (large - small)
+    fixed = low - per_image * small
+    available = devices.available_bytes(device)
+    # a tenth is left to the allocator's rounding and the workspace of the convolutions
+    fits = min(int((0.9 * available - fixed) / per_image), cfg.batch - 1)
+    fits -= fits % 8 if fits > 8 else 0
+
+    def mib(size: float) -> str:
+        return f"{size / devices.MIB:,.0f} MiB"
+
+    if fits >= 2:
+        advice = f"A batch of about {fits} would fit: batch={fits}."
+    else:
+        advice = "No batch fits: choose a smaller width, or a smaller depth."
+    if cfg.backward == "store" or cfg.arch not in REVERSIBLE:
+        advice += " With backward=invert, arch=hybrid needs far less."
+    return RevtrainError(
+        f"{device} is out of memory: arch={cfg.arch} width={cfg.width} batch={cfg.batch} at {size}x{size}\n"
+        f"needs about {mib(fixed + per_image * cfg.batch)}; {mib(available)} are available of "
+        f"{mib(devices.total_memory_bytes(device))}.\n{advice}"
+    )

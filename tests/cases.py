@@ -1,0 +1,114 @@
+"""The one list of layers and the one of architectures; the tests are parametrised over them.
+
+A new layer or architecture adds its row here and is then held to everything the others are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from revtrain.chain import InvertibleChain
+from revtrain.invertible import InvertibleLayer
+from revtrain.layers import (
+    AdditiveCoupling,
+    BatchPooling,
+    ChannelPooling,
+    ChunkedCoupling,
+    CouplingConv2d,
+    InvertibleBatchNorm2d,
+    InvertibleLeakyReLU,
+)
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    name: str
+    make: Callable[[], InvertibleLayer]
+    shape: tuple[int, int, int, int] = (6, 4, 4, 4)  # of x: B, C, H, W
+
+
+def plain(channels: int, dropout: float = 0.0) -> nn.Sequential:
+    """An ordinary residual function with a batch norm of torch's own inside."""
+    return nn.Sequential(
+        nn.Conv2d(channels, 3, 3, padding=1),
+        nn.BatchNorm2d(3),
+        nn.SiLU(),
+        nn.Dropout(dropout),
+        nn.Conv2d(3, channels, 1),
+    )
+
+
+def inner_chain(channels: int) -> InvertibleChain:
+    return InvertibleChain(
+        [InvertibleBatchNorm2d(channels), InvertibleLeakyReLU(0.3), CouplingConv2d(channels, kernel_size=1)]
+    )
+
+
+def everything() -> InvertibleChain:
+    """All layers once, nested chains included: (B, 4, 4, 4) -> (4 B, 16, 1, 1)."""
+    return InvertibleChain(
+        [
+            CouplingConv2d(4),
+            InvertibleBatchNorm2d(4),
+            InvertibleLeakyReLU(0.2),
+            ChannelPooling(),
+            AdditiveCoupling(16, inner_chain(8), plain(8, dropout=0.5)),
+            BatchPooling(),
+            AdditiveCoupling(16, plain(8), inner_chain(8)),
+        ]
+    )
+
+
+LAYERS = [
+    LayerCase("batchnorm", lambda: InvertibleBatchNorm2d(4)),
+    LayerCase("batchnorm-epsilon-0", lambda: InvertibleBatchNorm2d(4, epsilon_i=0.0)),
+    LayerCase("leakyrelu-0.2", lambda: InvertibleLeakyReLU(0.2)),
+    LayerCase("leakyrelu-1", lambda: InvertibleLeakyReLU(1.0)),
+    LayerCase("coupling-conv3x3", lambda: CouplingConv2d(4)),
+    LayerCase("coupling-conv1x1", lambda: CouplingConv2d(4, kernel_size=1)),
+    LayerCase("coupling-plain", lambda: AdditiveCoupling(4, plain(2), plain(2))),
+    LayerCase("coupling-dropout", lambda: AdditiveCoupling(4, plain(2, 0.5), plain(2, 0.5))),
+    LayerCase("coupling-chains", lambda: AdditiveCoupling(4, inner_chain(2), inner_chain(2))),
+    LayerCase("chunked-relu", lambda: ChunkedCoupling(4, hidden=5, hidden_chunk=2, scale=0.5)),
+    LayerCase("chunked-gelu", lambda: ChunkedCoupling(4, hidden=4, hidden_chunk=1, activation="gelu")),
+    LayerCase("chunked-silu", lambda: ChunkedCoupling(4, hidden=3, hidden_chunk=8, activation="silu")),
+    LayerCase("channel-pooling", ChannelPooling),
+    LayerCase("batch-pooling", BatchPooling),
+    LayerCase("channel-pooling-wide", ChannelPooling, (3, 2, 6, 4)),
+    LayerCase("batch-pooling-wide", BatchPooling, (3, 2, 6, 4)),
+    LayerCase("chain-of-everything", everything),
+]
+
+
+@dataclass(frozen=True)
+class ArchCase:
+    arch: str
+    small: tuple[str, ...] = ()  # overrides for a network that trains in a moment
+    reversible: bool = True
+    invertible_trunk: bool = True  # from the stem's output to the head's input
+    gradient_depth: int | None = None  # depth at which float64 gradients are compared; None: the default
+
+
+ARCHS = [
+    ArchCase("resnet18", ("width=4",), reversible=False, invertible_trunk=False),
+    ArchCase("revnet", ("width=8", "depth=4"), invertible_trunk=False),
+    ArchCase("irevnet", ("width=4", "depth=4", "pooling=[channel,batch]")),
+    ArchCase("layerwise", ("width=4", "depth=3")),
+    ArchCase("hybrid", ("width=8", "depth=3")),
+]
+REVERSIBLE = [case for case in ARCHS if case.reversible]
+INVERTIBLE_TRUNKS = [case for case in ARCHS if case.invertible_trunk]
+
+
+def ids(cases) -> list[str]:
+    return [getattr(case, "name", None) or case.arch for case in cases]
+
+
+def compose(*overrides: str):
+    """The configuration that `revtrain OVERRIDES` would run, on data that needs no download."""
+    from revtrain.conf import compose
+
+    return compose(["data=synthetic", *overrides])

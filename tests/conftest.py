@@ -1,0 +1,110 @@
+"""What the tests share: a tiny run, and the command run inside the test's own process."""
+
+from __future__ import annotations
+
+import os
+
+# Tiny tensors gain nothing from threads and lose much where several processes share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+# about a second and a half a run: 3 steps an epoch, 2 epochs
+TINY = (
+    "arch=layerwise", "depth=2", "width=4", "pooling=[]", "data=synthetic", "data.train_images=52",
+    "data.test_images=20", "batch=16", "epochs=2", "lr=0.05", "probe.batch=8", "device=cpu",
+)  # fmt: skip
+
+
+class Ran(NamedTuple):
+    """How a command ended. `dirs` are the run directories it made, oldest first."""
+
+    code: int
+    out: str
+    err: str
+    dirs: list[Path]
+
+    @property
+    def dir(self) -> Path:
+        assert len(self.dirs) == 1
+        return self.dirs[0]
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return read_result(self.dir)
+
+
+def read_result(run_dir: Path) -> dict[str, Any]:
+    """result.json, refused unless it is strict JSON."""
+    return json.loads((run_dir / "result.json").read_text(), parse_constant=_refuse)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, refused unless they are strict JSON."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=_refuse) for line in lines]
+
+
+def read_checkpoint(run_dir: Path) -> dict[str, Any]:
+    return torch.load(run_dir / "last.pt", weights_only=True)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Ran]]:
+    """`command("depth=4", ...)` runs `revtrain depth=4 ...` in an empty folder, within this process."""
+    from revtrain.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+
+    def run(*argv: str) -> Ran:
+        before = _run_dirs(tmp_path)
+        capfd.readouterr()
+        code = main(argv)
+        out, err = capfd.readouterr()
+        made = [each for each in _run_dirs(tmp_path) if each not in before]
+        return Ran(code, out, err, made)
+
+    yield run
+    # Hydra has put its own handlers in place of pytest's
+    for logger in (root, logging.getLogger("revtrain.errors")):
+        for handler in logger.handlers[:]:
+            if handler not in handlers:
+                logger.removeHandler(handler)
+                handler.close()
+    root.handlers[:], root.level = handlers, level
+
+
+def _run_dirs(folder: Path) -> list[Path]:
+    return sorted((each.parent for each in folder.glob("**/.hydra")), key=lambda each: each.stat().st_ctime)
+
+
+def assert_same_state(one: Any, other: Any, path: str = "") -> None:
+    """Two checkpoints hold the same values, bit for bit; the clock's and the command line's apart."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            if key not in ("train_seconds", "images_per_second", "overrides", "resume"):
+                assert_same_state(one[key], other[key], f"{path}/{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same_state(a, b, f"{path}/{index}")
+    elif isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other), path
+    else:
+        assert one == other, path

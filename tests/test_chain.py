@@ -1,0 +1,281 @@
+"""The chain against plain autograd, in every situation in which people use autograd."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import everything, plain
+from torch import nn
+
+from revtrain.chain import InvertibleChain, observe
+from revtrain.invertible import InvertibleLayer
+from revtrain.layers import AdditiveCoupling, CouplingConv2d, InvertibleBatchNorm2d, InvertibleLeakyReLU
+
+
+def small_chain(**options):
+    torch.manual_seed(0)
+    layers = [CouplingConv2d(4), InvertibleBatchNorm2d(4), InvertibleLeakyReLU(0.3)]
+    return InvertibleChain([*layers, AdditiveCoupling(4, plain(2), plain(2))], **options).double()
+
+
+def twins(make=small_chain):
+    """The same chain twice: one that inverts, one that stores."""
+    torch.manual_seed(0)
+    inverting = make()
+    storing = copy.deepcopy(inverting)
+    for chain in [m for m in storing.modules() if isinstance(m, InvertibleChain)]:
+        chain.backward_mode = "store"
+    return inverting, storing
+
+
+def images(batch=6, dtype=torch.float64):
+    return torch.randn(batch, 4, 4, 4, dtype=dtype, generator=torch.Generator().manual_seed(3))
+
+
+def assert_same_gradients(a, b, rtol=1e-9, atol=1e-10):
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert p.grad is not None, name
+        torch.testing.assert_close(p.grad, q.grad, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_same_buffers(a, b):
+    for (name, p), q in zip(a.named_buffers(), b.buffers(), strict=True):
+        torch.testing.assert_close(p, q, msg=name)
+
+
+def both(step, make=small_chain, **tolerances):
+    """Run `step(chain)` on both twins with the same random numbers; everything must agree."""
+    inverting, storing = twins(make)
+    results = []
+    for chain in (inverting, storing):
+        torch.manual_seed(5)
+        results.append(step(chain))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-9)
+    assert_same_gradients(inverting, storing, **tolerances)
+    assert_same_buffers(inverting, storing)
+
+
+def test_gradient_of_everything_with_dropout():
+    both(lambda chain: chain(images()).square().sum().backward(), lambda: everything().double())
+
+
+def test_relu_right_before_the_chain():
+    """The ReLU saves its output, which is the chain's input: the chain must not write into it."""
+
+    def step(chain):
+        x = images().requires_grad_()
+        chain(F.relu(x)).square().sum().backward()
+        return x.grad
+
+    both(step)
+
+
+def test_gradient_accumulation_over_two_batches():
+    def step(chain):
+        for batch in images(12).chunk(2):
+            (chain(batch).square().mean() / 2).backward()
+
+    both(step)
+
+
+def test_autograd_grad_of_the_input_alone():
+    inverting, storing = twins()
+    results = []
+    for chain in (inverting, storing):
+        x = images().requires_grad_()
+        results.append(torch.autograd.grad(chain(x).square().sum(), x)[0])
+        assert all(p.grad is None for p in chain.parameters())
+    torch.testing.assert_close(*results)
+
+
+def test_chain_used_twice_in_one_graph():
+    both(lambda chain: chain(chain(images())).square().sum().backward(), rtol=1e-7, atol=1e-9)
+
+
+def test_output_used_by_two_branches():
+    def step(chain):
+        y = chain(images())
+        (y.square().sum() + y.sin().sum()).backward()
+
+    both(step)
+
+
+def test_output_may_be_read_after_the_backward_pass():
+    chain = small_chain()
+    y = chain(images())
+    kept = y.detach().clone()
+    y.square().sum().backward()
+    assert torch.equal(y, kept)
+
+
+def test_reused_output_gives_the_same_gradients_and_refuses_a_second_backward():
+    both(lambda chain: (chain(images()).sum((2, 3)) ** 2).sum().backward(), lambda: small_chain(reuse_output=True))
+    chain = small_chain(reuse_output=True)
+    loss = chain(images()).sum((2, 3)).square().sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+
+
+def test_second_backward_through_a_retained_graph():
+    chain = small_chain()
+    loss = chain(images()).square().sum()
+    loss.backward(retain_graph=True)
+    first = [p.grad.clone() for p in chain.parameters()]
+    chain.zero_grad()
+    loss.backward()
+    for a, p in zip(first, chain.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad)
+
+
+def test_eval_mode_normalises_with_the_running_statistics():
+    def step(chain):
+        chain(images())  # one training pass moves the running statistics
+        chain.eval()
+        y = chain(images())
+        y.square().sum().backward()
+        return y.detach()
+
+    both(step)
+
+
+def test_no_grad_gives_the_same_output_without_a_graph():
+    inverting, storing = twins()
+    with torch.no_grad():
+        y = inverting(images())
+        torch.testing.assert_close(y, storing(images()))
+    assert y.grad_fn is None
+    assert_same_buffers(inverting, storing)
+
+
+def test_frozen_parameters_get_no_gradient_and_the_others_do():
+    inverting, storing = twins()
+    for chain in (inverting, storing):
+        chain.layers[0].f.weight.requires_grad_(False)
+        chain(images()).square().sum().backward()
+    assert inverting.layers[0].f.weight.grad is None
+    torch.testing.assert_close(inverting.layers[0].g.weight.grad, storing.layers[0].g.weight.grad)
+
+
+def test_parameter_hooks_see_the_gradient():
+    chain = small_chain()
+    seen = []
+    weight = chain.layers[0].f.weight
+    weight.register_hook(lambda gradient: seen.append(gradient.clone()))
+    chain(images()).square().sum().backward()
+    assert len(seen) == 1
+    assert torch.equal(seen[0], weight.grad)
+
+
+def test_running_statistics_are_updated_exactly_once_a_step():
+    """MemCNN updates up to three times a step, RevTorch and torch's checkpoint twice."""
+    torch.manual_seed(0)
+    chain = InvertibleChain([AdditiveCoupling(4, plain(2), plain(2)), InvertibleBatchNorm2d(4)]).double()
+    inner, own = chain.layers[0].f[1], chain.layers[1]
+    x = images()
+    chain(x).square().sum().backward()
+    assert inner.num_batches_tracked.item() == 1
+    conv = chain.layers[0].f[0]
+    mean = conv(x[:, 2:]).mean((0, 2, 3)).detach()
+    torch.testing.assert_close(inner.running_mean, 0.1 * mean)
+    with torch.no_grad():
+        mean = chain.layers[0](x).mean((0, 2, 3))
+    torch.testing.assert_close(own.running_mean, 0.1 * mean)
+    assert inner.track_running_stats, "the chain leaves the module as it found it"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("backward_inside", [False, True], ids=["backward-outside", "backward-inside"])
+def test_autocast(dtype, backward_inside):
+    """Recomputation rounds as the forward pass did, so both twins agree far below 16-bit precision."""
+
+    def step(chain):
+        with torch.autocast("cpu", dtype=dtype):
+            loss = chain(images(dtype=torch.float32)).square().mean()
+            if backward_inside:
+                loss.backward()
+        if not backward_inside:
+            loss.backward()
+        return loss.detach()
+
+    inverting, storing = twins(lambda: small_chain().float())
+    losses = [step(chain) for chain in (inverting, storing)]
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-3)
+    for (name, p), q in zip(inverting.named_parameters(), storing.parameters(), strict=True):
+        error = (p.grad - q.grad).norm() / q.grad.norm()
+        assert error < 0.02, f"{name}: {error}"
+
+
+def test_dropout_leaves_the_random_numbers_as_plain_autograd_does():
+    inverting, storing = twins(lambda: everything().double())
+    draws = []
+    for chain in (inverting, storing):
+        torch.manual_seed(9)
+        chain(images()).sum().backward()
+        draws.append(torch.rand(3))
+    assert torch.equal(*draws)
+
+
+def test_no_activation_survives_the_forward_pass_but_the_output():
+    """Counted in live storages: depth adds a few numbers a layer, never an activation."""
+    from revtrain.measure import LiveStorages
+
+    def survivors(depth):
+        torch.manual_seed(0)
+        unit = [lambda: CouplingConv2d(4), lambda: InvertibleBatchNorm2d(4), lambda: InvertibleLeakyReLU(0.2)]
+        chain = InvertibleChain([make() for _ in range(depth) for make in unit])
+        x = torch.randn(32, 4, 8, 8)
+        with LiveStorages() as counter:
+            y = chain(x)
+            live = counter.live_bytes
+        return live, y.numel() * y.element_size()
+
+    shallow, output = survivors(2)
+    deep, _ = survivors(8)
+    assert output <= shallow < 1.1 * output
+    assert deep - shallow < 0.05 * output
+
+
+class Doubling(InvertibleLayer):
+    """A layer of somebody else: forward and inverse are all that it needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        return 2 * x + self.shift
+
+    def inverse(self, y, saved=None):
+        return (y - self.shift) / 2
+
+
+def test_a_layer_with_only_forward_and_inverse_trains():
+    both(
+        lambda chain: chain(images()).square().sum().backward(),
+        lambda: InvertibleChain([CouplingConv2d(4), Doubling(), InvertibleLeakyReLU(0.5), Doubling()]).double(),
+    )
+
+
+def test_observer_sees_every_layer_and_is_gone_afterwards():
+    chain = everything().double()
+
+    class Recorder:
+        def __init__(self):
+            self.inputs, self.rebuilt = [], []
+
+        def on_input(self, layer, x):
+            self.inputs.append(layer)
+
+        def on_reconstructed(self, layer, x):
+            self.rebuilt.append(layer)
+
+    recorder = Recorder()
+    with observe(chain, recorder):
+        chain(images()).sum().backward()
+    layers = {layer for m in chain.modules() if isinstance(m, InvertibleChain) for layer in m.layers}
+    assert set(recorder.inputs) == set(recorder.rebuilt) == layers
+    assert len(recorder.inputs) == len(recorder.rebuilt) == len(layers), "each layer once: replays do not count"
+    chain(images()).sum().backward()
+    assert len(recorder.inputs) == len(layers)

@@ -1,0 +1,146 @@
+"""The configuration: every yaml composes, later entries win, wrong values are refused with their remedy."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+import revtrain.conf
+from revtrain.conf import compose, slug
+from revtrain.config import ARCHITECTURES, DATASETS, Config, expected, schema, validate
+from revtrain.errors import RevtrainError
+
+CONF = Path(revtrain.conf.__file__).parent
+YAMLS = [
+    (group, path.stem) for group in ("arch", "data", "experiment") for path in (CONF / group).glob("*.yaml")
+]
+
+
+@pytest.mark.parametrize(("group", "name"), YAMLS)
+def test_every_yaml_composes_and_is_valid(group, name):
+    cfg = compose([f"{group}={name}", "data.root=."])
+    validate(cfg)
+    assert {"arch": cfg.arch, "data": cfg.data.name, "experiment": cfg.experiment}[group] == name
+
+
+@pytest.mark.parametrize(("group", "name"), YAMLS)
+def test_every_yaml_states_its_command(group, name):
+    assert f"# Command: revtrain {group}={name}" in (CONF / group / f"{name}.yaml").read_text()
+
+
+def test_the_groups_are_those_of_the_schema():
+    assert sorted(name for group, name in YAMLS if group == "arch") == sorted(ARCHITECTURES)
+    assert sorted(name for group, name in YAMLS if group == "data") == sorted(DATASETS)
+
+
+def test_yaml_and_schema_agree_on_the_defaults():
+    composed, schema_defaults = compose(["data=synthetic"]), OmegaConf.structured(Config)
+    from_arch = {"depth", "width", "pooling"}
+    for item in fields(Config):
+        if item.name not in from_arch:
+            assert composed[item.name] == schema_defaults[item.name], item.name
+
+
+def test_defaults_of_the_contract():
+    cfg = compose()
+    assert (cfg.arch, cfg.data.name, cfg.experiment) == ("hybrid", "cifar10", None)
+    assert (cfg.slope, cfg.backward, cfg.precision, cfg.device) == (0.2, "invert", "fp32", "auto")
+
+
+def test_command_line_wins_over_experiment_and_experiment_over_groups():
+    plain = compose(["experiment=quickstart"])
+    assert plain.arch == "hybrid" and plain.data.name == "synthetic"
+    assert plain.width != compose(["arch=hybrid"]).width
+    cfg = compose(["experiment=quickstart", "width=24", "arch=layerwise", "data=imagefolder"])
+    assert (cfg.width, cfg.arch, cfg.data.name) == (24, "layerwise", "imagefolder")
+    assert cfg.batch == plain.batch
+
+
+WRONG = [
+    (["depth=0"], "depth=0", "at least 1"),
+    (["depth=-1"], "depth=-1", "at least 1"),
+    (["depth=null"], "depth=null", "at least 1"),
+    (["width=0"], "width=0", "at least 1"),
+    (["width=33"], "width=33", "even", "width=32 or width=34"),
+    (["arch=revnet", "width=1"], "width=1", "even", "width=2"),
+    (["slope=0"], "slope=0 ", "0 < slope <= 1", "slope=0.2"),
+    (["slope=-0.2"], "slope=-0.2", "0 < slope <= 1"),
+    (["slope=2"], "slope=2 ", "0 < slope <= 1", "inverse: slope=0.5"),
+    (["slope=nan"], "slope=nan", "0 < slope <= 1"),
+    (["slope=inf"], "slope=inf", "Try slope=0.2"),
+    (["epsilon_i=-0.1"], "epsilon_i=-0.1", "at least 0", "default is epsilon_i=0.1"),
+    (["pooling=[chanel]"], "pooling=chanel", "channel, batch, stride", "Did you mean channel?"),
+    (["backward=recompute"], "backward=recompute", "invert, store"),
+    (["chunk_mib=0"], "chunk_mib=0", "greater than 0"),
+    (["batch=0"], "batch=0", "at least 2"),
+    (["batch=1"], "batch=1", "at least two images"),
+    (["epochs=0"], "epochs=0", "at least 1"),
+    (["lr=0"], "lr=0", "greater than 0"),
+    (["lr=nan"], "lr=nan", "greater than 0"),
+    (["momentum=1"], "momentum=1", "at least 0 and below 1"),
+    (["weight_decay=-1"], "weight_decay=-1", "at least 0"),
+    (["label_smoothing=1"], "label_smoothing=1", "below 1"),
+    (["schedule=cosin"], "schedule=cosin", "Did you mean cosine?"),
+    (["warmup=1"], "warmup=1", "below 1"),
+    (["clip_grad_norm=0"], "clip_grad_norm=0", "greater than 0"),
+    (["precision=fp8"], "precision=fp8", "fp32, bf16, fp16"),
+    (["device=gpu"], "device=gpu", "cuda:N"),
+    (["seed=-1"], "seed=-1", "at least 0"),
+    (["resume=no/such/run"], "resume=no/such/run", "no such file or run directory"),
+    (["probe.batch=1"], "probe.batch=1", "at least 2"),
+    (["probe.every=-1"], "probe.every=-1", "never probe"),
+    (["data=imagefolder"], "without data.root", "train/CLASS"),
+    (["data.name=mnist"], "data=mnist", "cifar10, imagefolder, synthetic"),
+    (["data.train_limit=0"], "data.train_limit=0", "at least 1"),
+    (["data.classes=1"], "data.classes=1", "at least 2"),
+    (["data.image_size=0"], "data.image_size=0", "at least 1"),
+    (["data.augment.pad=-1"], "data.augment.pad=-1", "at least 0"),
+    (["data.augment.cutout=-1"], "data.augment.cutout=-1", "at least 0"),
+]
+
+
+@pytest.mark.parametrize("case", WRONG, ids=lambda case: " ".join(case[0]))
+def test_wrong_values_are_refused_with_their_remedy(case):
+    overrides, *fragments = case
+    with pytest.raises(RevtrainError) as caught:
+        validate(compose(overrides))
+    message = str(caught.value)
+    for fragment in fragments:
+        assert fragment in message
+    assert 2 <= len(message.splitlines()) <= 5
+
+
+def test_resnet18_takes_any_width_and_both_backwards():
+    validate(compose(["arch=resnet18", "width=33", "backward=invert"]))
+    validate(compose(["arch=resnet18", "width=33", "backward=store"]))
+
+
+def test_schema_lists_nested_keys_and_their_types_in_words():
+    assert {"arch", "data", "data.root", "data.augment.pad", "probe.every"} <= schema().keys()
+    assert expected("batch") == "a whole number"
+    assert expected("depth") == "a whole number or null"
+    assert expected("lr") == "a number"
+    assert expected("data.augment.flip") == "true or false"
+    assert "list" in expected("pooling")
+    assert "data.KEY=VALUE" in expected("data")
+
+
+def test_help_names_every_key():
+    text = (CONF / "hydra/help/revtrain.yaml").read_text()
+    missing = [
+        key
+        for key in schema()
+        if key not in ("arch", "data", "data.name", "experiment", "probe", "data.augment")
+        and key not in text
+        and f".{key.rpartition('.')[2]}" not in text
+    ]
+    assert not missing
+
+
+def test_slug_makes_short_plain_names():
+    assert slug("depth-4_data.root-/a b=c,d") == "depth-4_data.root-a-b-c-d"
+    assert len(slug("x" * 500)) == 80
+    assert slug("0-") == "0"

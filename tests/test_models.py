@@ -1,0 +1,216 @@
+"""Every architecture: built from the config, both backward modes alike, memory flat over depth, clear refusals."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from cases import ARCHS, INVERTIBLE_TRUNKS, REVERSIBLE, compose, ids
+
+from revtrain.chain import InvertibleChain
+from revtrain.config import ARCHITECTURES
+from revtrain.errors import RevtrainError
+from revtrain.measure import measure_step_memory
+from revtrain.models import architectures, build_model
+from revtrain.models.parts import spread_depth
+
+
+def small(case, *overrides):
+    return compose(f"arch={case.arch}", *case.small, *overrides)
+
+
+def batch(size=8, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(size, 3, 32, 32, generator=generator, dtype=torch.float64).to(dtype)
+    return images, torch.randint(10, (size,), generator=generator)
+
+
+def build_twins(cfg, dtype=torch.float64):
+    """The same weights under backward=invert and backward=store."""
+    torch.manual_seed(0)
+    inverting = build_model(cfg).to(dtype)
+    cfg.backward = "store"
+    storing = build_model(cfg).to(dtype)
+    storing.load_state_dict(inverting.state_dict())
+    return inverting, storing
+
+
+def relative_errors(a, b):
+    return {
+        name: ((p.grad - q.grad).norm() / q.grad.norm()).item()
+        for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True)
+    }
+
+
+def train_step(model, dtype, size=8):
+    images, labels = batch(size, dtype)
+    loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+    return loss.detach()
+
+
+def test_the_list_of_architectures_is_complete():
+    assert sorted(case.arch for case in ARCHS) == architectures() == sorted(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("case", ARCHS, ids=ids(ARCHS))
+def test_every_parameter_receives_a_gradient(case):
+    model = build_model(small(case))
+    images, labels = batch()
+    logits = model(images)
+    assert logits.shape == (8, 10)
+    F.cross_entropy(logits, labels).backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.isfinite().all(), name
+        assert p.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("case", REVERSIBLE, ids=ids(REVERSIBLE))
+def test_invert_equals_store_at_the_default_size_in_float64(case):
+    """Done-when 3: at most 1e-9 per parameter at the default depth."""
+    width = ["width=16"] if case.arch in ("irevnet", "revnet") else []  # 80 M parameters would only cost time
+    inverting, storing = build_twins(compose(f"arch={case.arch}", *width))
+    losses = [train_step(model, torch.float64, size=4) for model in (inverting, storing)]
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-12)
+    errors = relative_errors(inverting, storing)
+    assert max(errors.values()) <= 1e-9, max(errors.items(), key=lambda e: e[1])
+    for (name, p), q in zip(inverting.named_buffers(), storing.buffers(), strict=True):
+        torch.testing.assert_close(p, q, msg=name)
+
+
+@pytest.mark.parametrize("arch", ["revnet", "irevnet", "hybrid"])
+def test_invert_equals_store_in_float32(arch):
+    """Done-when 3: at most 2e-3 per parameter for the architectures with coupling blocks."""
+    width = ["width=16"] if arch in ("irevnet", "revnet") else []
+    inverting, storing = build_twins(compose(f"arch={arch}", *width), torch.float32)
+    for model in (inverting, storing):
+        train_step(model, torch.float32, size=16)
+    errors = relative_errors(inverting, storing)
+    assert max(errors.values()) <= 2e-3, max(errors.items(), key=lambda e: e[1])
+
+
+@pytest.mark.parametrize("pooling", ["[channel,batch]", "[batch,channel]", "[batch,batch]", "[channel]", "[]"])
+@pytest.mark.parametrize("arch", ["layerwise", "hybrid", "irevnet"])
+def test_pooling_patterns(arch, pooling):
+    """Batch pooling keeps the channels; the head merges the parts, so logits stay one row an image."""
+    inverting, storing = build_twins(compose(f"arch={arch}", "width=4", "depth=3", f"pooling={pooling}"))
+    for model in (inverting, storing):
+        train_step(model, torch.float64, size=4)
+    assert max(relative_errors(inverting, storing).values()) < 1e-8
+    channels = 4 * 4 ** pooling.count("channel")
+    assert inverting.head.linear.in_features == channels
+
+
+@pytest.mark.parametrize("case", INVERTIBLE_TRUNKS, ids=ids(INVERTIBLE_TRUNKS))
+def test_the_trunk_is_invertible_from_stem_to_head(case):
+    model = build_model(small(case)).double()
+    with torch.no_grad():
+        x = model.stem(batch(dtype=torch.float64)[0])
+        y, saved = model.trunk.forward_(x.clone())
+        torch.testing.assert_close(model.trunk.inverse(y, saved), x, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("case", INVERTIBLE_TRUNKS, ids=ids(INVERTIBLE_TRUNKS))
+def test_memory_is_flat_over_depth(case):
+    """Done-when 4: under 2 % growth from depth 4 to 16, slope of peak live bytes between batch 32 and 64."""
+    width = 8 if case.arch == "irevnet" else 32
+    shallow, deep = (
+        measure_step_memory(compose(f"arch={case.arch}", f"width={width}", f"depth={depth}"), 10, 32, 64)
+        for depth in (4, 16)
+    )
+    assert deep.bytes_per_pixel <= 1.02 * shallow.bytes_per_pixel
+
+
+@pytest.mark.parametrize(("arch", "most"), [("layerwise", 420), ("hybrid", 520), ("irevnet", 720)])
+def test_bytes_per_pixel_at_width_32(arch, most):
+    """Done-when 4, at the default depth."""
+    assert 256 < measure_step_memory(compose(f"arch={arch}", "width=32"), 10, 32, 64).bytes_per_pixel <= most
+
+
+def test_resnet18_is_torchvisions_but_for_the_stem():
+    ours, theirs = build_model(compose("arch=resnet18")), torchvision.models.resnet18(num_classes=10)
+    stem = theirs.conv1.weight.numel() - ours[0][0].weight.numel()
+    assert stem == 64 * 3 * (49 - 9)
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()) - stem
+    for stage, layer in zip(ours[1], (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4), strict=True):
+        stage.load_state_dict(layer.state_dict())  # raises unless the blocks are the same
+        stage.eval()
+        layer.eval()
+        x = torch.randn(2, stage[0].conv1.in_channels, 8, 8)
+        torch.testing.assert_close(stage(x), layer(x))
+
+
+def test_revnet_has_about_as_many_parameters_as_resnet18():
+    ours, resnet = (
+        sum(p.numel() for p in build_model(compose(f"arch={a}")).parameters()) for a in ("revnet", "resnet18")
+    )
+    assert 0.9 < ours / resnet < 1.1
+
+
+def test_depth_is_spread_over_the_stages():
+    assert spread_depth(7, 3) == [3, 2, 2]
+    assert spread_depth(2, 4) == [1, 1, 0, 0]
+    for case in INVERTIBLE_TRUNKS:
+        counts = [sum(1 for _ in build_model(small(case, f"depth={depth}")).trunk.layers) for depth in (3, 5)]
+        assert counts[1] > counts[0]
+
+
+def test_options_reach_the_layers():
+    model = build_model(compose("arch=layerwise", "width=4", "slope=0.4", "epsilon_i=0.2", "chunk_mib=0.5"))
+    conv, bn, activation = model.trunk.layers[:3]
+    assert activation.slope == 0.4
+    assert bn.epsilon_i == 0.2
+    assert conv.chunk_bytes == 2**19
+    assert build_model(compose("arch=hybrid", "width=4", "backward=store")).trunk.backward_mode == "store"
+
+
+def test_backward_mode_reaches_every_chain():
+    for case in REVERSIBLE:
+        for mode in ("invert", "store"):
+            chains = [
+                m for m in build_model(small(case, f"backward={mode}")).modules() if isinstance(m, InvertibleChain)
+            ]
+            assert chains
+            assert all(chain.backward_mode == mode for chain in chains)
+
+
+def test_classes_of_the_data_reach_the_head():
+    assert build_model(compose("width=4"), classes=7)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "given", "remedy"),
+    [
+        (["arch=hybrid", "width=6"], "width=6", "multiple of four"),
+        (["arch=layerwise", "width=5"], "width=5", "width=6"),
+        (["arch=irevnet", "width=3"], "width=3", "width=4"),
+        (["arch=revnet", "width=7"], "width=7", "width=8"),
+        (["arch=hybrid", "depth=0"], "depth=0", "1 or more"),
+        (["arch=layerwise", "depth=-1"], "depth=-1", "1 or more"),
+        (["arch=resnet18", "depth=20"], "depth=20", "depth=18 or depth=34"),
+        (["arch=hybrid", "pooling=[stride,channel]"], "stride", "channel, batch"),
+        (["arch=revnet", "pooling=[channel]"], "channel", "stride"),
+        (["arch=resnet18", "pooling=[stride]"], "stride", "[stride,stride,stride]"),
+        (["arch=layerwise", "slope=2"], "slope=2", "slope=0.5"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(overrides, given, remedy):
+    with pytest.raises(RevtrainError) as error:
+        build_model(compose(*overrides))
+    message = str(error.value)
+    assert given in message
+    assert remedy in message
+    assert 2 <= len(message.splitlines()) <= 5
+
+
+@pytest.mark.parametrize("case", ARCHS, ids=ids(ARCHS))
+def test_an_image_size_that_the_pooling_cannot_divide_is_refused(case):
+    with pytest.raises(RevtrainError, match="27x27"):
+        build_model(small(case), image_size=27)
+
+
+def test_unknown_architecture_lists_the_known_ones():
+    cfg = compose()
+    cfg.arch = "resnext"
+    with pytest.raises(RevtrainError, match="hybrid, irevnet, layerwise, resnet18, revnet"):
+        build_model(cfg)

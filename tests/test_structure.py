@@ -1,0 +1,78 @@
+"""Imports flow one way: cli -> train -> (data, models, measure, report, ...); models -> layers -> chain."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import revtrain
+
+ROOT = Path(revtrain.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+# package or module -> what of revtrain it may import, itself apart
+BASE = {"config", "errors", "files"}
+CORE = {"invertible", "chain"}
+MAY_IMPORT = {
+    "__init__": {"errors"},
+    "__main__": {"cli"},
+    "errors": set(),
+    "files": set(),
+    "config": {"errors"},
+    "invertible": BASE,
+    "chain": BASE | CORE,
+    "layers": BASE | CORE,
+    "models": BASE | CORE | {"layers"},
+    "data": BASE,
+    "optim": BASE,
+    "device": BASE,
+    "checkpoint": BASE,
+    "report": BASE,
+    "measure": BASE | CORE | {"layers", "models", "optim", "device"},
+    "train": BASE | {"data", "models", "measure", "report", "checkpoint", "optim", "device"},
+    "cli": BASE | {"train", "report", "checkpoint", "__init__"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a file imports, anywhere in it, dotted."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            names.add(node.module)
+            if node.module == "revtrain":
+                names |= {f"revtrain.{alias.name}" for alias in node.names}
+    return names
+
+
+def part(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_arrows(path):
+    own = {name.split(".")[1] for name in imported(path) if name.startswith("revtrain.")}
+    own -= {"__version__", part(path)}
+    assert own <= MAY_IMPORT[part(path)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_the_command_line_imports_hydra(path):
+    assert part(path) == "cli" or not any(name.split(".")[0] == "hydra" for name in imported(path))
+
+
+def test_help_answers_without_torch():
+    code = (
+        "import sys; from revtrain.cli import main; code = main(['--help']);"
+        "assert code == 0 and 'torch' not in sys.modules, 'torch was imported'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "revtrain [key=value ...]" in done.stdout

@@ -98,6 +98,7 @@ ARCHS = [
     ArchCase("irevnet", ("width=4", "depth=4", "pooling=[channel,batch]")),
     ArchCase("layerwise", ("width=4", "depth=3")),
     ArchCase("hybrid", ("width=8", "depth=3")),
+    ArchCase("chunked", ("width=4", "depth=3", "expansion=[1]")),
 ]
 REVERSIBLE = [case for case in ARCHS if case.reversible]
 INVERTIBLE_TRUNKS = [case for case in ARCHS if case.invertible_trunk]

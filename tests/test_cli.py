@@ -17,6 +17,7 @@ import revtrain
 import revtrain.data
 import revtrain.train
 from revtrain.cli import main
+from revtrain.config import ARCHITECTURES, DATASETS
 
 REFUSED = [
     # groups
@@ -106,9 +107,7 @@ def image_folder(folder, size=8):
             (folder / split / name).mkdir(parents=True)
             for index in range(count):
                 shade = 40 * index + (100 if name == "dog" else 0)
-                Image.new("RGB", (size, size), (shade, 0, 255 - shade)).save(
-                    folder / split / name / f"{index}.png"
-                )
+                Image.new("RGB", (size, size), (shade, 0, 255 - shade)).save(folder / split / name / f"{index}.png")
     return folder
 
 
@@ -145,9 +144,7 @@ def test_a_corrupt_image_is_refused_by_name(command, tmp_path):
     assert_refused(command(*of_folder(tmp_path / "images", tmp_path / "cache")), str(bad))
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"PK\x03\x04 half a file", b"text\n" * 50], ids=["empty", "cut", "text"]
-)
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half a file", b"text\n" * 50], ids=["empty", "cut", "text"])
 def test_a_damaged_or_foreign_checkpoint_is_refused(command, tmp_path, content):
     (tmp_path / "last.pt").write_bytes(content)
     ran = command(*TINY, f"resume={tmp_path / 'last.pt'}")
@@ -197,9 +194,7 @@ def test_a_run_from_end_to_end(command):
     assert re.fullmatch(
         r"outputs/\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d-layerwise-[0-9a-f]{6}", str(ran.dir.relative_to(os.getcwd()))
     )
-    names = {
-        path.name.split(".")[0] if path.name.startswith("events") else path.name for path in ran.dir.iterdir()
-    }
+    names = {path.name.split(".")[0] if path.name.startswith("events") else path.name for path in ran.dir.iterdir()}
     assert names == {".hydra", "train.log", "metrics.jsonl", "result.json", "last.pt", "events"}
     assert "test accuracy" in ran.out and "minimum SNR" in ran.out and "no CUDA" in ran.out
     assert f"tensorboard --logdir {ran.dir.relative_to(os.getcwd())}" in ran.out
@@ -225,9 +220,7 @@ def test_a_run_is_not_written_over_another(command):
 
 
 def test_module_and_exit_code(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "revtrain", "slope=2"], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "revtrain", "slope=2"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "slope=0.5" in done.stderr
 
 
@@ -330,8 +323,9 @@ def test_a_sweep_without_failures_exits_with_0(command):
 def test_help_lists_the_groups(command):
     ran = command("--help")
     assert ran.code == 0
-    assert "arch: hybrid, irevnet, layerwise, resnet18, revnet" in ran.out
-    assert "experiment: cifar10_jpeg_small, quickstart" in ran.out
+    assert f"arch: {', '.join(sorted(ARCHITECTURES))}" in ran.out
+    assert f"data: {', '.join(sorted(DATASETS))}" in ran.out
+    assert "experiment: " in ran.out and "quickstart" in ran.out
 
 
 @pytest.mark.parametrize(

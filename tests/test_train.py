@@ -294,9 +294,7 @@ class Breaking(nn.Module):
 
     def __init__(self, step, how):
         super().__init__()
-        self.network = nn.Sequential(
-            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-        )
+        self.network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(4, 10)
         self.step, self.how, self.calls = step, how, 0
 
@@ -340,9 +338,7 @@ def test_a_loss_that_turns_nan_stops_the_run_and_names_the_step(tmp_path, monkey
 
 def test_a_nan_is_seen_before_a_long_epoch_ends(tmp_path, monkeypatch):
     built = breaking(monkeypatch, 2, lambda model, logits: logits * math.nan)
-    with pytest.raises(
-        RevtrainError, match=r"step 2 of epoch 1.\nlast.pt holds the start(.|\n)*precision=fp32"
-    ):
+    with pytest.raises(RevtrainError, match=r"step 2 of epoch 1.\nlast.pt holds the start(.|\n)*precision=fp32"):
         run(tmp_path, "data.train_images=200", "batch=2", "precision=bf16")
     assert built[0].calls == train.CHECK_EVERY < 100
 
@@ -366,9 +362,13 @@ def test_out_of_memory_says_which_batch_would_fit(tmp_path, monkeypatch):
     def linear(cfg, classes, size, batch):  # 100 MiB of weights and 1 MiB an image
         return SimpleNamespace(peak_bytes=(100 + batch) * devices.MIB)
 
-    monkeypatch.setattr(revtrain.data, "load_data", lambda cfg: SimpleNamespace(
-        train=SimpleNamespace(labels=[0] * 4096), test=SimpleNamespace(labels=[0]), classes=range(10), image_size=32,
-    ))  # fmt: skip
+    large = SimpleNamespace(
+        train=SimpleNamespace(labels=[0] * 4096),
+        test=SimpleNamespace(labels=[0]),
+        classes=range(10),
+        image_size=32,
+    )
+    monkeypatch.setattr(revtrain.data, "load_data", lambda cfg: large)
     monkeypatch.setattr(train, "_fit", no_memory)
     monkeypatch.setattr(revtrain.measure, "measure_step_memory", linear)
     monkeypatch.setattr(devices, "available_bytes", lambda device: 1024 * devices.MIB)
@@ -420,14 +420,12 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RevtrainError, match=r"file/run: Not a directory.\n.*hydra.run.dir=FOLDER"):
+    with pytest.raises(RevtrainError, match=r"file/run: Not a directory.*\n.*hydra.run.dir=FOLDER"):
         run(tmp_path / "file/run")
 
 
 def test_a_batch_larger_than_the_data_set_is_refused(tmp_path):
-    with pytest.raises(
-        RevtrainError, match=r"batch=53 was given; the training set has 52 images.\nUse batch=52"
-    ):
+    with pytest.raises(RevtrainError, match=r"batch=53 was given; the training set has 52 images.\nUse batch=52"):
         run(tmp_path, "batch=53")
 
 
@@ -467,9 +465,7 @@ def test_cosine_rises_straight_and_falls_in_half_a_wave():
 @pytest.mark.parametrize("warmup", [0.0, 0.25, 0.3])
 def test_onecycle_is_that_of_torch(warmup):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4)
-    theirs = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 0.4, total_steps=37, pct_start=warmup, cycle_momentum=False
-    )
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.4, total_steps=37, pct_start=warmup, cycle_momentum=False)
     ours = learning_rate(SimpleNamespace(schedule="onecycle", lr=0.4, warmup=warmup), 37)
     for step in range(37):
         assert ours(step) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9), step
@@ -490,11 +486,7 @@ def test_schedules_of_a_few_steps_stay_within_bounds(name, steps):
 def test_biases_and_norms_decay_only_on_request(everything):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     cfg = SimpleNamespace(lr=0.1, momentum=0.9, weight_decay=0.01, decay_norm_and_bias=everything)
-    decay = {
-        id(p): group["weight_decay"]
-        for group in make_optimizer(model, cfg).param_groups
-        for p in group["params"]
-    }
+    decay = {id(p): group["weight_decay"] for group in make_optimizer(model, cfg).param_groups for p in group["params"]}
     assert decay[id(model[0].weight)] == 0.01
     for parameter in (model[0].bias, model[1].weight, model[1].bias):
         assert decay[id(parameter)] == (0.01 if everything else 0.0)

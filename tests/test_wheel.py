@@ -47,13 +47,8 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_holds_every_module_and_every_yaml(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    expected = {
-        f"revtrain/{path.relative_to(ROOT / 'src/revtrain')}"
-        for path in (ROOT / "src/revtrain").rglob("*.py")
-    }
-    expected |= {
-        f"revtrain/conf/{path.relative_to(ROOT / 'conf')}" for path in (ROOT / "conf").rglob("*.yaml")
-    }
+    expected = {f"revtrain/{path.relative_to(ROOT / 'src/revtrain')}" for path in (ROOT / "src/revtrain").rglob("*.py")}
+    expected |= {f"revtrain/conf/{path.relative_to(ROOT / 'conf')}" for path in (ROOT / "conf").rglob("*.yaml")}
     assert expected <= names
     assert not {name for name in names if name.startswith(("tests", "src", "conf"))}
 
@@ -73,6 +68,6 @@ def test_the_installed_command_runs_from_another_folder(wheel, tmp_path):
     locate = "import revtrain, revtrain.conf; print(revtrain.__file__, revtrain.conf.__file__)"
     where = run(python, "-c", locate, **options)
     assert all(path.startswith(str(site)) for path in where.stdout.split())
-    assert "arch: hybrid" in run(python.parent / "revtrain", "--help", **options).stdout
+    assert "revtrain -m depth=4,6,8" in run(python.parent / "revtrain", "--help", **options).stdout
     run(python.parent / "revtrain", *TINY, "epochs=1", "hydra.run.dir=here", **options)
     assert read_result(elsewhere / "here")["status"] == "completed"

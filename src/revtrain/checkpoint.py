@@ -37,7 +37,7 @@ NAME = "last.pt"
 # another value here is another network: the weights do not fit
 NETWORK_KEYS = ("arch", "depth", "width", "pooling")
 # another value here leaves every number of the run the same
-FREE_KEYS = ("resume", "experiment", "data.root", "data.url", "data.cache")
+FREE_KEYS = ("resume", "experiment", "memory_limit", "plan", "data.root", "data.url", "data.cache")
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

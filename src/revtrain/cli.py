@@ -145,9 +145,7 @@ class Sweep(Callback):
 # ---- what goes to the terminal and the run directory ---------------------------------------------
 
 
-def _record(
-    run_dir: Path, cfg: DictConfig, overrides: list[str], status: str, error: Exception | None = None
-) -> None:
+def _record(run_dir: Path, cfg: DictConfig, overrides: list[str], status: str, error: Exception | None = None) -> None:
     """Write result.json where `train` was not reached; it writes its own, and none beside an earlier run."""
     from revtrain.report import holds_run, new_result, one_line, write_result
 
@@ -165,8 +163,7 @@ def _how_to_continue(run_dir: Path, overrides: list[str]) -> str:
     from revtrain.checkpoint import command
 
     return (
-        f"Stopped. The last completed epoch is in {run_dir / 'last.pt'}; continue with:\n"
-        f"{command(overrides, run_dir)}"
+        f"Stopped. The last completed epoch is in {run_dir / 'last.pt'}; continue with:\n{command(overrides, run_dir)}"
     )
 
 
@@ -174,9 +171,7 @@ def _list_sweeps() -> int:
     """A line for each job of each sweep; the exit code is non-zero when one did not complete."""
     worst = COMPLETED
     for folder in _sweeps:
-        jobs = sorted(
-            (each.parent for each in folder.glob("*/.hydra")), key=lambda job: int(job.name.split("-")[0])
-        )
+        jobs = sorted((each.parent for each in folder.glob("*/.hydra")), key=lambda job: int(job.name.split("-")[0]))
         print(f"\n{len(jobs)} jobs in {folder}")
         for job in jobs:
             try:
@@ -184,13 +179,17 @@ def _list_sweeps() -> int:
             except (OSError, ValueError):
                 result = {"status": "without result", "error": "it was cut off; see its train.log"}
             print(f"  {job.name}: {_outcome(result)}")
-            if result["status"] != "completed":
+            if result["status"] not in ("completed", "planned"):
                 worst = BUG
         print(f"dashboard: tensorboard --logdir {folder}")
     return worst
 
 
 def _outcome(result: dict[str, Any]) -> str:
+    if result["status"] == "planned":
+        plan = result["plan"]
+        fits = {True: ", fits", False: ", does not fit", None: ""}[plan["fits"]]
+        return f"planned: batch {plan['batch']}, {plan['peak_bytes'] / 2**20:,.1f} MiB{fits}"
     if result["status"] != "completed":
         return f"{result['status']}: {(result['error'] or 'Ctrl-C').splitlines()[0]}"
     snr = f", minimum SNR {result['snr_db']['minimum']:.1f} dB" if result["snr_db"] else ""
@@ -285,13 +284,9 @@ def _explain_composition(error: BaseException) -> str:
     if match := re.search(r"Error merging override ([^=\s]+)(=.*)?", text):
         key = match[1].lstrip("+~")
         if match[1].startswith("~"):
-            return (
-                f"{match[0].split()[-1]} was given; a key cannot be removed.\nGive it another value instead."
-            )
+            return f"{match[0].split()[-1]} was given; a key cannot be removed.\nGive it another value instead."
         if key in schema():
-            return (
-                f"{key}{match[2]} was given; expected {expected(key)}.\nrevtrain --help shows the defaults."
-            )
+            return f"{key}{match[2]} was given; expected {expected(key)}.\nrevtrain --help shows the defaults."
     if match := re.search(r"Could not (?:override|append to config\. An item is already at) '(\S+?)'", text):
         return _unknown_key(match[1])
     if match := re.search(r"Could not delete from config\. '(\S+)'", text):
@@ -307,9 +302,7 @@ def _unknown_key(key: str) -> str:
     known = [*schema(), *GROUPS]
     if key in known:
         return f"{key} exists already.\nGive it plainly, as in {key}=VALUE."
-    return (
-        f"{key} was given; there is no such key.{did_you_mean(key, known)}\nrevtrain --help lists all keys."
-    )
+    return f"{key} was given; there is no such key.{did_you_mean(key, known)}\nrevtrain --help lists all keys."
 
 
 def _check_keys(cfg: Any, prefix: str = "") -> None:

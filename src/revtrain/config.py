@@ -16,13 +16,19 @@ from typing import Any, Optional, Union, get_args, get_origin, get_type_hints  #
 
 from revtrain.errors import RevtrainError
 
-ARCHITECTURES = ("resnet18", "revnet", "irevnet", "layerwise", "hybrid")
-REVERSIBLE = ("revnet", "irevnet", "layerwise", "hybrid")
+ARCHITECTURES = ("resnet18", "revnet", "irevnet", "layerwise", "hybrid", "chunked")
+REVERSIBLE = ("revnet", "irevnet", "layerwise", "hybrid", "chunked")
 DATASETS = ("cifar10", "imagefolder", "synthetic")
 SCHEDULES = ("triangular", "onecycle", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16", "fp16")
 BACKWARDS = ("invert", "store")
+ACTIVATIONS = ("relu", "gelu", "silu", "leaky_relu")  # of arch=chunked
 POOLINGS = ("channel", "batch", "stride")
+MEMORY_UNITS = {"b": 1} | {
+    f"{letter}{i}b": base**power
+    for power, letter in enumerate("kmgt", start=1)
+    for i, base in (("", 1000), ("i", 1024))
+}
 
 
 @dataclass
@@ -71,10 +77,15 @@ class Config:
     slope: float = 0.2  # n, negative slope of the LeakyReLU, 0 < n <= 1 (Eq. 24)
     epsilon_i: float = 0.1  # keeps |gamma| of an invertible BN away from zero (Eq. 23)
     pooling: list[str] = field(default_factory=list)  # one entry between two stages: channel | batch | stride
+    residual_scale: float = 1.0  # s in y1 = x1 + s F(x2), of the coupling blocks
+    grid_bits: Optional[int] = 16  # residuals are multiples of 2^-grid_bits, so that float32 sums are exact; null: any
+    activation: str = "relu"  # of chunked: relu | gelu | silu | leaky_relu
+    expansion: list[float] = field(default_factory=lambda: [1.0])  # of chunked: hidden channels, per stage or for all
+    hidden_chunk: int = 2  # of chunked: hidden channels alive at a time, at full resolution
     backward: str = "invert"
     chunk_mib: float = 2.0  # scratch of the in-place passes, per temporary
     # optimisation
-    batch: int = 512
+    batch: Union[int, str] = 512  # noqa: UP007 - OmegaConf reads Union[...]; or auto: the largest that memory_limit allows
     epochs: int = 40
     lr: float = 0.4
     momentum: float = 0.9
@@ -87,6 +98,8 @@ class Config:
     # the machine
     precision: str = "fp32"
     device: str = "auto"
+    memory_limit: Optional[str] = None  # a size with its unit, as in 1GiB; what a training step may take
+    plan: bool = False  # print what the run would need, and end
     seed: int = 0
     resume: Optional[str] = None
     data: DataConfig = field(default_factory=DataConfig)
@@ -106,6 +119,8 @@ def schema(node: type = Config, prefix: str = "") -> dict[str, Any]:
 
 def expected(key: str) -> str:
     """What a value of `key` must be, in words."""
+    if key == "batch":
+        return "a whole number, or auto"
     kind = schema()[key]
     options = get_args(kind) if get_origin(kind) is Union else (kind,)
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
@@ -118,6 +133,27 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """' Did you mean hybrid?', or '' when nothing is near."""
     near = get_close_matches(str(word).lower(), [str(choice) for choice in choices], n=1, cutoff=0.6)
     return f" Did you mean {near[0]}?" if near else ""
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of a size with its unit: "500MiB", "1.5 GiB", "2GB"; MiB = 2^20 bytes, MB = 10^6 bytes.
+
+    Raises:
+        RevtrainError: no unit, no such unit, or nothing at all.
+    """
+    words = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text), re.IGNORECASE)
+    unit = words[2].lower() if words else ""
+    size = int(float(words[1]) * MEMORY_UNITS[unit]) if unit in MEMORY_UNITS else 0
+    if size < 1:
+        number = words[1] if words and float(words[1]) else "1"
+        near = {"": "MiB", "t": "TiB", "g": "GiB", "m": "MiB", "k": "KiB"}.get(unit)
+        hint = f" Did you mean {number}{near}?" if words and near and float(words[1]) else ""
+        raise RevtrainError(
+            f"memory_limit={text} was given; expected a size with its unit.{hint}\n"
+            "As in memory_limit=500MiB or memory_limit=2GB; KiB, MiB, GiB, TiB are powers of 1024, "
+            "kB, MB, GB, TB of 1000."
+        )
+    return size
 
 
 def validate(cfg: Any) -> None:
@@ -144,10 +180,15 @@ def validate(cfg: Any) -> None:
     _number("epsilon_i", cfg.epsilon_i, at_least=0)
     for entry in cfg.pooling:
         _choice("pooling", entry, POOLINGS, "one entry between two stages, as in pooling=[channel,batch]")
+    _number("residual_scale", cfg.residual_scale, above=0)
+    if cfg.grid_bits is not None:
+        _at_least("grid_bits", cfg.grid_bits, 1, "residuals are rounded to multiples of 2^-grid_bits; null: not at all")
+    _choice("activation", cfg.activation, ACTIVATIONS)
+    _at_least("hidden_chunk", cfg.hidden_chunk, 1, "hidden channels alive at a time in arch=chunked")
     _choice("backward", cfg.backward, BACKWARDS)
     _number("chunk_mib", cfg.chunk_mib, above=0)
 
-    _at_least("batch", cfg.batch, 2, "batch normalisation needs at least two images")
+    _batch(cfg.batch)
     _at_least("epochs", cfg.epochs, 1)
     _number("lr", cfg.lr, above=0)
     _number("momentum", cfg.momentum, at_least=0, below=1)
@@ -165,6 +206,8 @@ def validate(cfg: Any) -> None:
             f"{did_you_mean(cfg.device, ('auto', 'cpu', 'cuda', 'mps'))}\n"
             "device=auto takes the first GPU, or the CPU where there is none."
         )
+    if cfg.memory_limit is not None:
+        parse_memory(cfg.memory_limit)
     _at_least("seed", cfg.seed, 0)
     if cfg.resume is not None and not Path(cfg.resume).exists():
         raise RevtrainError(
@@ -239,16 +282,23 @@ def _number(
         )
 
 
+def _batch(batch: int | str) -> None:
+    if batch == "auto":
+        return
+    if isinstance(batch, str):
+        raise RevtrainError(
+            f"batch={batch} was given; expected {expected('batch')}.{did_you_mean(batch, ['auto'])}\n"
+            "batch=auto takes the largest batch that memory_limit allows."
+        )
+    _at_least("batch", batch, 2, "batch normalisation needs at least two images")
+
+
 def _slope(slope: float) -> None:
     if 0 < slope <= 1:
         return
-    message = (
-        f"slope={slope:g} was given; expected 0 < slope <= 1: LeakyReLU multiplies negative values by it.\n"
-    )
+    message = f"slope={slope:g} was given; expected 0 < slope <= 1: LeakyReLU multiplies negative values by it.\n"
     if 1 < slope < math.inf:
-        message += (
-            f"Where the slope is written as a divisor (y = x/n), use its inverse: slope={1 / slope:.4g}."
-        )
+        message += f"Where the slope is written as a divisor (y = x/n), use its inverse: slope={1 / slope:.4g}."
     elif slope == 0:
         message += "A slope of 0 (ReLU) cannot be inverted, and a small one lowers the SNR. Try slope=0.2."
     else:

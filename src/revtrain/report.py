@@ -48,8 +48,10 @@ LAYOUT = {
 def new_result(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """result.json as it is before anything was measured. Units are in the names; accuracies are 0..1.
 
-    `status` is completed, failed or interrupted (Ctrl-C). `snr_db` is {"minimum", "minimum_layer", "layers"}
-    of the last probe, null in store mode. `peak_vram_mib` is {"allocated", "reserved"} over the training
+    `status` is completed, failed, interrupted (Ctrl-C), or planned (`plan=true`: nothing was trained). `plan` is
+    what `revtrain.plan.Plan` lists, sizes in bytes, where `plan`, `memory_limit` or `batch=auto` asked for it;
+    `config` then holds the number of images that `batch=auto` came to. `snr_db` is {"minimum", "minimum_layer",
+    "layers"} of the last probe, null in store mode. `peak_vram_mib` is {"allocated", "reserved"} over the training
     steps, null without CUDA. `memory_bytes` takes the peak of one training step apart. `train_seconds` counts
     training steps only, and includes those of a run that was resumed.
     """
@@ -67,6 +69,7 @@ def new_result(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         "peak_vram_mib": None,
         "bytes_per_pixel": None,
         "memory_bytes": None,
+        "plan": None,
         "device": None,
         "versions": versions(),
         "overrides": list(overrides),
@@ -122,6 +125,22 @@ class Report:
         self.result = new_result(config, overrides)
         self.history: list[dict[str, Any]] = []
         self._writer = None
+
+    def planned(self, plan: Any) -> None:
+        """Take over a `revtrain.plan.Plan`: the batch it came to, and its prediction."""
+        self.result["plan"] = plan.as_dict()
+        self.result["config"]["batch"] = plan.batch
+        self.result.update(
+            params=plan.parameters,
+            bytes_per_pixel=plan.bytes_per_pixel,
+            memory_bytes={
+                "peak": plan.peak_bytes,
+                "parameters": plan.parameter_bytes,
+                "gradients": plan.gradient_bytes,
+                "optimizer": plan.optimizer_bytes,
+                "activations": plan.activation_bytes + plan.scratch_bytes,
+            },
+        )
 
     def start(self, history: list[dict[str, Any]]) -> None:
         """Open the files; the lines of a run that is continued come first."""

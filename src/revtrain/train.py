@@ -39,7 +39,7 @@ def train(cfg: Any, run_dir: str | Path, overrides: list[str] | None = None) -> 
         overrides: the command line, for the messages that tell how to continue.
 
     Returns:
-        The contents of result.json (see `revtrain.report.new_result`).
+        The contents of result.json (see `revtrain.report.new_result`); with `plan=true` nothing is trained.
 
     Raises:
         RevtrainError: the configuration, the data or the checkpoint cannot be used, the disk or the memory is
@@ -56,8 +56,7 @@ def train(cfg: Any, run_dir: str | Path, overrides: list[str] | None = None) -> 
     report = Report(run_dir, OmegaConf.to_container(cfg, resolve=True), list(overrides or ()))
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        _train(cfg, run_dir, report)
-        report.finish("completed")
+        report.finish(_train(cfg, run_dir, report))
     except KeyboardInterrupt:
         report.finish("interrupted")
         raise
@@ -68,26 +67,47 @@ def train(cfg: Any, run_dir: str | Path, overrides: list[str] | None = None) -> 
         if mendable is None or mendable is error:
             raise
         raise mendable from error
-    log.info("%s", report.table())
+    if report.result["status"] == "completed":
+        log.info("%s", report.table())
     return report.result
 
 
-def _train(cfg: Any, run_dir: Path, report: Report) -> None:
+def _train(cfg: Any, run_dir: Path, report: Report) -> str:
+    """Do what `cfg` asks for; its status."""
     from revtrain.data import load_data
+    from revtrain.plan import cap_memory, make_plan
 
     validate(cfg)
     device = devices.choose_device(cfg.device)
     devices.check_precision(device, cfg.precision)
+    if cfg.plan:
+        plan = make_plan(cfg, device)
+        report.planned(plan)
+        report.result["device"] = devices.describe(device)
+        log.info("%s", plan.table())
+        return "planned"
     resumed = checkpoint.load(cfg.resume) if cfg.resume is not None else None
+    if resumed is not None and cfg.batch == "auto":  # as it was: what fits now may be another number
+        cfg = OmegaConf.merge(cfg, {"batch": resumed["config"]["batch"]})
+        report.result["config"]["batch"] = cfg.batch
 
     # ---- data: uint8 on the host; one generator decides order and augmentation -------------------
     data = load_data(cfg.data)
     classes, size, available = len(data.classes), data.image_size, len(data.train.labels)
-    if cfg.batch > available:
+    if cfg.batch != "auto" and cfg.batch > available:
         raise RevtrainError(
-            f"batch={cfg.batch} was given; the training set has {available} images.\n"
-            f"Use batch={available} or less."
+            f"batch={cfg.batch} was given; the training set has {available} images.\nUse batch={available} or less."
         )
+    if cfg.batch == "auto" or cfg.memory_limit is not None:
+        plan = make_plan(cfg, device, classes, size, available)
+        report.planned(plan)
+        if not plan.fits:
+            raise plan.refusal()
+        cfg = OmegaConf.merge(cfg, {"batch": plan.batch})
+        log.info("plan       batch %d needs %.1f of %.1f MiB; the largest that fits is %d",
+                 plan.batch, plan.needed_bytes / devices.MIB, plan.limit_bytes / devices.MIB,
+                 plan.largest_batch)  # fmt: skip
+    cap_memory(cfg, device)
     generator = torch.Generator().manual_seed(cfg.seed)
     if resumed is not None:
         for difference in checkpoint.check_compatible(resumed, report.result["config"], classes):
@@ -101,6 +121,7 @@ def _train(cfg: Any, run_dir: Path, report: Report) -> None:
         if not _is_out_of_memory(error):
             raise
         raise _out_of_memory(cfg, classes, size, device) from error
+    return "completed"
 
 
 def _fit(
@@ -302,9 +323,7 @@ def _check_finite(losses: Tensor, epoch: int, cfg: Any) -> None:
     bad = (~torch.isfinite(losses)).nonzero()
     if len(bad):
         step = int(bad[0])
-        raise _diverged(
-            f"the loss became {losses[step].item()} at step {step + 1} of epoch {epoch}", epoch, cfg
-        )
+        raise _diverged(f"the loss became {losses[step].item()} at step {step + 1} of epoch {epoch}", epoch, cfg)
 
 
 def _check_weights(model: nn.Module, epoch: int, cfg: Any) -> None:
@@ -348,22 +367,21 @@ def _is_out_of_memory(error: Exception) -> bool:
     # the CPU's allocator and Apple's raise a plain RuntimeError
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError)
-        and any(
-            text in str(error) for text in ("can't allocate memory", "not enough memory", "out of memory")
-        )
+        and any(text in str(error) for text in ("can't allocate memory", "not enough memory", "out of memory"))
     )
 
 
 def _out_of_memory(cfg: Any, classes: int, size: int, device: torch.device) -> RevtrainError:
     """Say how large a batch would fit: a step's peak grows linearly with the batch, so two sizes tell."""
     from revtrain.measure import measure_step_memory
+    from revtrain.plan import limit_bytes
 
     small = max(2, cfg.batch // 2)
     large = 2 * small
     low, high = (measure_step_memory(cfg, classes, size, batch).peak_bytes for batch in (small, large))
     per_image = (high - low) / (large - small)
     fixed = low - per_image * small
-    available = devices.available_bytes(device)
+    available = limit_bytes(cfg, device) or devices.available_bytes(device)
     # a tenth is left to the allocator's rounding and the workspace of the convolutions
     fits = min(int((0.9 * available - fixed) / per_image), cfg.batch - 1)
     fits -= fits % 8 if fits > 8 else 0

@@ -82,9 +82,7 @@ def load_data(cfg: Any) -> Dataset:
             "Install torch and torchvision together, from one index; data=synthetic needs no torchvision."
         ) from error
     if cfg.image_size is not None and cfg.image_size < 1:
-        raise RevtrainError(
-            f"data.image_size={cfg.image_size} is no number of pixels.\nGive 1 or more, or null."
-        )
+        raise RevtrainError(f"data.image_size={cfg.image_size} is no number of pixels.\nGive 1 or more, or null.")
 
     train, test, classes = source.load(cfg)
     if cfg.classes is not None and cfg.classes != len(classes):

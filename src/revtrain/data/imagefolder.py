@@ -46,8 +46,7 @@ def load(cfg: Any) -> tuple[Split, Split, list[str]]:
     root = Path(cfg.root).expanduser().absolute()
     if not root.is_dir():
         raise RevtrainError(
-            f"data.root={cfg.root} is no folder ({root}).\n"
-            "Give a folder that holds train/CLASS/* and test/CLASS/*."
+            f"data.root={cfg.root} is no folder ({root}).\nGive a folder that holds train/CLASS/* and test/CLASS/*."
         )
     train, test = _listing(root / "train"), _listing(root / "test")
     if train.classes != test.classes:
@@ -93,9 +92,7 @@ def _few(names: list[str]) -> str:
 # ---- decoding ----------------------------------------------------------------------------------------------
 
 
-def _decode_all(
-    train: ImageFolder, test: ImageFolder, image_size: int | None
-) -> tuple[np.ndarray, np.ndarray]:
+def _decode_all(train: ImageFolder, test: ImageFolder, image_size: int | None) -> tuple[np.ndarray, np.ndarray]:
     """uint8 arrays (N, 3, H, W) of both splits."""
     log.info("decoding %d images, once", len(train) + len(test))
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
@@ -152,8 +149,7 @@ def _opened(path: str) -> Image.Image:
 def _unreadable(path: str, error: Exception) -> RevtrainError:
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return RevtrainError(
-            f"{path} claims to be huge: {error}\n"
-            f"Remove it, or shrink it to {Image.MAX_IMAGE_PIXELS} pixels or fewer."
+            f"{path} claims to be huge: {error}\nRemove it, or shrink it to {Image.MAX_IMAGE_PIXELS} pixels or fewer."
         )
     return RevtrainError(f"{path} is not an image, or is damaged: {error}\nRepair or remove it.")
 

@@ -92,16 +92,12 @@ def load(cfg: Any) -> tuple[Split, Split, list[str]]:
     """
     size = cfg.image_size or IMAGE_SIZE
     if size < 16:
-        raise RevtrainError(
-            f"data.image_size={size} is too small for the synthetic shapes.\nGive 16 or more."
-        )
+        raise RevtrainError(f"data.image_size={size} is too small for the synthetic shapes.\nGive 16 or more.")
     if cfg.seed < 0:
         raise RevtrainError(f"data.seed={cfg.seed} is negative.\nGive 0 or more.")
     for name in ("train_images", "test_images"):
         if getattr(cfg, name) < len(SHAPES):
-            raise RevtrainError(
-                f"data.{name}={getattr(cfg, name)} leaves a class empty.\nGive {len(SHAPES)} or more."
-            )
+            raise RevtrainError(f"data.{name}={getattr(cfg, name)} leaves a class empty.\nGive {len(SHAPES)} or more.")
     train_stream, test_stream = np.random.default_rng(cfg.seed).spawn(2)
     train, test = draw(cfg.train_images, size, train_stream), draw(cfg.test_images, size, test_stream)
     return train, test, [shape.__name__ for shape in SHAPES]

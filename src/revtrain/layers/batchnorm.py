@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revtrain.errors import RevtrainError
@@ -56,16 +55,18 @@ class InvertibleBatchNorm2d(InvertibleLayer):
         return self.weight.abs() + self.epsilon_i
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(
-            x,
-            self.running_mean,
-            self.running_var,
-            self.gain(),
-            self.bias,
-            training=self.training,
-            momentum=self.momentum,
-            eps=self.eps,
-        )
+        # The operations of forward_, in the same order: both backward modes compute the same bits.
+        if self.training:
+            mean = channel_mean(x, self.chunk_bytes)
+            centred = x - mean
+            variance = channel_mean_of_squares(centred, self.chunk_bytes)
+            self._update_running_statistics(mean, variance, x.numel() // self.channels)
+        else:
+            mean, variance = _per_channel(self.running_mean), _per_channel(self.running_var)
+            centred = x - mean
+        deviation = torch.sqrt(variance + self.eps)
+        gain, bias = _per_channel(self.gain().to(mean.dtype)), _per_channel(self.bias.to(mean.dtype))
+        return centred * (gain / deviation) + bias
 
     def forward_(self, x: Tensor) -> tuple[Tensor, Normalisation]:
         if not self.training:
@@ -75,7 +76,7 @@ class InvertibleBatchNorm2d(InvertibleLayer):
         mean = channel_mean(x, self.chunk_bytes)
         x.sub_(mean)
         variance = channel_mean_of_squares(x, self.chunk_bytes)
-        self._update_running_statistics(mean.flatten(), variance.flatten(), x.numel() // self.channels)
+        self._update_running_statistics(mean, variance, x.numel() // self.channels)
         saved = Normalisation(mean, torch.sqrt(variance + self.eps), True)
         return self._scale_(x, saved), saved
 
@@ -110,8 +111,8 @@ class InvertibleBatchNorm2d(InvertibleLayer):
     def _update_running_statistics(self, mean: Tensor, variance: Tensor, count: int) -> None:
         # The running variance is the unbiased one, as torch keeps it; only the inverse needs the biased one.
         unbiased = variance * (count / max(1, count - 1))
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+            running.lerp_(new.detach().flatten().to(running.dtype), self.momentum)
 
 
 def _per_channel(values: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from revtrain.errors import RevtrainError
 from revtrain.invertible import Gradients, batch_chunks
 from revtrain.layers.batchnorm import channel_mean
-from revtrain.layers.coupling import AdditiveCoupling, Branch
+from revtrain.layers.coupling import AdditiveCoupling, Branch, Residual
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -45,9 +45,7 @@ class WideResidual(nn.Module):
     def __init__(self, channels: int, hidden: int, activation: str = "relu"):
         super().__init__()
         if activation not in ACTIVATIONS:
-            raise RevtrainError(
-                f"activation={activation} is unknown.\nExpected one of: {', '.join(ACTIVATIONS)}."
-            )
+            raise RevtrainError(f"activation={activation} is unknown.\nExpected one of: {', '.join(ACTIVATIONS)}.")
         self.conv1 = nn.Conv2d(channels, hidden, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(hidden)
         self.activation = activation
@@ -70,13 +68,19 @@ class ChunkedCoupling(AdditiveCoupling):
         hidden: hidden channels of F and of G; wide costs time, not memory.
         hidden_chunk: k, hidden channels alive at a time in the backward pass (2 k values a pixel).
         activation: relu, gelu, silu or leaky_relu.
-        scale: s in y1 = x1 + s F(x2), see `AdditiveCoupling`.
+        scale, grid_bits: see `AdditiveCoupling`. The contribution of each chunk is rounded on its own.
 
     Raises `RevtrainError` for odd channels, fewer than one hidden channel or an unknown activation.
     """
 
     def __init__(
-        self, channels: int, hidden: int, hidden_chunk: int = 2, activation: str = "relu", scale: float = 1.0
+        self,
+        channels: int,
+        hidden: int,
+        hidden_chunk: int = 2,
+        activation: str = "relu",
+        scale: float = 1.0,
+        grid_bits: int | None = None,
     ):
         if hidden < 1 or hidden_chunk < 1:
             raise RevtrainError(
@@ -84,11 +88,11 @@ class ChunkedCoupling(AdditiveCoupling):
             )
         half = max(1, channels // 2)
         f, g = (WideResidual(half, hidden, activation) for _ in range(2))
-        super().__init__(channels, f, g, scale=scale)
+        super().__init__(channels, f, g, scale=scale, grid_bits=grid_bits)
         self.hidden_chunk = hidden_chunk
 
     def _branch(self, function: WideResidual) -> Branch:
-        return _HiddenChunks(function, self.scale, self.hidden_chunk, self.chunk_bytes)
+        return _HiddenChunks(function, self.residual, self.hidden_chunk, self.chunk_bytes)
 
 
 class _Statistics(NamedTuple):
@@ -102,8 +106,8 @@ class _Statistics(NamedTuple):
 class _HiddenChunks(Branch):
     """`target` +/- s F(`source`), a few hidden channels at a time; each temporary over a chunk of the batch."""
 
-    def __init__(self, function: WideResidual, scale: float, hidden_chunk: int, chunk_bytes: int):
-        self.function, self.scale, self.chunk_bytes = function, scale, chunk_bytes
+    def __init__(self, function: WideResidual, residual: Residual, hidden_chunk: int, chunk_bytes: int):
+        self.function, self.residual, self.chunk_bytes = function, residual, chunk_bytes
         hidden = function.conv1.out_channels
         self.chunks = [slice(k, min(k + hidden_chunk, hidden)) for k in range(0, hidden, hidden_chunk)]
 
@@ -121,7 +125,7 @@ class _HiddenChunks(Branch):
             mean, variance = _mean_and_variance(z, self.chunk_bytes)
             statistics = _Statistics(mean, (variance + norm.eps).rsqrt(), True)
             self._update_running_statistics(k, mean.flatten(), variance.flatten(), z.numel() // z.shape[1])
-            self._add_output(z, target, k, statistics, self.scale)
+            self._add_output(z, target, k, statistics, sign=1)
             means.append(mean)
             inverse_deviations.append(statistics.inverse_deviation)
         norm.num_batches_tracked.add_(1)
@@ -129,7 +133,7 @@ class _HiddenChunks(Branch):
 
     def replay_(self, source: Tensor, target: Tensor, saved: _Statistics, sign: int) -> None:
         for k in self.chunks:
-            self._add_output(self._hidden(source, k), target, k, _of(saved, k), sign * self.scale)
+            self._add_output(self._hidden(source, k), target, k, _of(saved, k), sign)
 
     def undo_(self, source, target, dsource, dtarget, saved, grads: Gradients) -> None:
         gamma, dgamma = self.function.norm.weight, torch.empty_like(self.function.norm.weight)
@@ -169,10 +173,11 @@ class _HiddenChunks(Branch):
         u = (z - statistics.mean).mul_(statistics.inverse_deviation * gamma).add_(beta)
         return u.to(z.dtype)
 
-    def _add_output(self, z: Tensor, target: Tensor, k: slice, statistics: _Statistics, alpha: float) -> None:
+    def _add_output(self, z: Tensor, target: Tensor, k: slice, statistics: _Statistics, sign: int) -> None:
         weight = self.function.conv2.weight[:, k]
         for sl in batch_chunks(target, self.chunk_bytes):
-            target[sl].add_(F.conv2d(self._activated(z[sl], k, statistics), weight, padding=1), alpha=alpha)
+            result = F.conv2d(self._activated(z[sl], k, statistics), weight, padding=1)
+            self.residual.add_(target[sl], result, sign, self.chunk_bytes)
 
     def _undo_output(self, source, target, dtarget, k, statistics, dweight2) -> tuple[Tensor, Tensor]:
         """Take the chunk's contribution off `target`; (z, du), and the gradient of conv2's weights."""
@@ -184,8 +189,8 @@ class _HiddenChunks(Branch):
             with torch.enable_grad():
                 a = ACTIVATIONS[self.function.activation](u)
             held = a.detach()
-            target[sl].sub_(F.conv2d(held, weight, padding=1), alpha=self.scale)
-            da, dweight = _conv_backward(dtarget[sl] * self.scale, held, weight)
+            self.residual.add_(target[sl], F.conv2d(held, weight, padding=1), -1, self.chunk_bytes)
+            da, dweight = _conv_backward(dtarget[sl] * self.residual.scale, held, weight)
             (du[sl],) = torch.autograd.grad(a, u, da.to(a.dtype))
             dweight2[:, k] += dweight
         return z, du

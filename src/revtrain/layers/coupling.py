@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,51 +32,72 @@ class AdditiveCoupling(InvertibleLayer):
             are replayed exactly: same mask, running statistics updated once.
         per_sample: f and g treat each sample on its own (no batch statistics), so the backward pass may
             run over chunks of the batch.
-        scale: s in y1 = x1 + s F(x2), y2 = x2 + s G(y1). The inverse amplifies the noise of one half into the
-            other by about s; below one it keeps deep networks precise (see docs/paper.md).
+        scale: s in y1 = x1 + s F(x2), y2 = x2 + s G(y1).
+        grid_bits: b; round the residuals (and the input) to multiples of 2^-b. Sums of such numbers are exact in
+            float32 while they stay below 2^(24-b), so the inverse is exact, too, at any depth. None: no rounding.
 
     Raises `RevtrainError` for an odd number of channels.
     """
 
-    def __init__(self, channels: int, f: nn.Module, g: nn.Module, per_sample: bool = False, scale: float = 1.0):
+    def __init__(
+        self,
+        channels: int,
+        f: nn.Module,
+        g: nn.Module,
+        per_sample: bool = False,
+        scale: float = 1.0,
+        grid_bits: int | None = None,
+    ):
         super().__init__()
         if channels < 2 or channels % 2:
             raise RevtrainError(
                 f"A coupling of {channels} channels cannot be split into two equal halves.\n"
                 f"Expected an even number: {channels + 1} or {max(2, channels - 1)}, say (see `width`)."
             )
-        self.channels, self.per_sample, self.scale = channels, per_sample, scale
+        self.channels, self.per_sample = channels, per_sample
+        self.residual = Residual(scale, grid_bits)
         self.f, self.g = f, g
 
+    def extra_repr(self) -> str:
+        return f"{self.channels}, {self.residual}"
+
     def forward(self, x: Tensor) -> Tensor:
-        x1, x2 = x.chunk(2, dim=1)
-        y1 = x1 + self.scale * self.f(x2)
-        y2 = x2 + self.scale * self.g(y1)
+        x1, x2 = self.residual.snap(x).chunk(2, dim=1)
+        # Contiguous as in the lean form: some kernels round differently on a strided half.
+        y1 = x1 + self.residual.of(self.f(x2.contiguous()))
+        y2 = x2 + self.residual.of(self.g(y1))
         return torch.cat([y1, y2], dim=1)
 
     def forward_(self, x: Tensor) -> tuple[Tensor, Any]:
-        x1, x2 = self._halves(x)
+        x1, x2 = self._halves(self._snap_(x))
         saved_f = self._branch(self.f).add_(x2, x1)
         saved_g = self._branch(self.g).add_(x1, x2)
         return x, (saved_f, saved_g)
 
     def replay_(self, x: Tensor, saved: Any) -> Tensor:
-        x1, x2 = self._halves(x)
+        x1, x2 = self._halves(self._snap_(x))
         self._branch(self.f).replay_(x2, x1, saved[0], sign=1)
         self._branch(self.g).replay_(x1, x2, saved[1], sign=1)
         return x
 
     def inverse_(self, y: Tensor, saved: Any) -> Tensor:
-        y1, y2 = self._halves(y)
+        y1, y2 = self._halves(self._snap_(y))
         self._branch(self.g).replay_(y1, y2, saved[1], sign=-1)
         self._branch(self.f).replay_(y2, y1, saved[0], sign=-1)
         return y
 
     def backward_(self, y: Tensor, dy: Tensor, saved: Any, grads: Gradients) -> tuple[Tensor, Tensor]:
-        (y1, y2), (dy1, dy2) = self._halves(y), self._halves(dy)
+        (y1, y2), (dy1, dy2) = self._halves(self._snap_(y)), self._halves(dy)
         self._branch(self.g).undo_(y1, y2, dy1, dy2, saved[1], grads)  # y2 becomes x2; dy1 is complete
         self._branch(self.f).undo_(y2, y1, dy2, dy1, saved[0], grads)  # y1 becomes x1; dy2 is complete
         return y, dy
+
+    def _snap_(self, x: Tensor) -> Tensor:
+        # On the way back this also removes the small error that a layer above may have left.
+        if self.residual.rounds(x):
+            for sl in batch_chunks(x, self.chunk_bytes):
+                x[sl].copy_(self.residual.snap(x[sl]))
+        return x
 
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
         # Views of one buffer: the two halves are never copied apart or joined again.
@@ -84,8 +106,8 @@ class AdditiveCoupling(InvertibleLayer):
 
     def _branch(self, function: nn.Module) -> Branch:
         if isinstance(function, InvertibleLayer):
-            return _WalkedBack(function, self.scale)
-        return _Recomputed(function, self.scale, self.chunk_bytes if self.per_sample else None)
+            return _WalkedBack(function, self.residual, self.chunk_bytes)
+        return _Recomputed(function, self.residual, self.chunk_bytes, self.per_sample)
 
 
 class CouplingConv2d(AdditiveCoupling):
@@ -103,6 +125,42 @@ class CouplingConv2d(AdditiveCoupling):
         half = max(1, channels // 2)
         f, g = (nn.Conv2d(half, half, kernel_size, padding=kernel_size // 2, bias=False) for _ in range(2))
         super().__init__(channels, f, g, per_sample=True)
+
+
+@dataclass(frozen=True)
+class Residual:
+    """What is added to a half: s F, rounded to a grid of 2^-grid_bits where sums in float32 are then exact."""
+
+    scale: float = 1.0
+    grid_bits: int | None = None
+
+    def rounds(self, stream: Tensor) -> bool:
+        """float64 needs no grid; 16-bit streams have too few bits for one."""
+        return self.grid_bits is not None and stream.dtype == torch.float32
+
+    def snap(self, x: Tensor) -> Tensor:
+        """x on the grid, exactly; its gradient passes as if nothing had been rounded."""
+        if not self.rounds(x):
+            return x
+        step = 2.0**self.grid_bits
+        snapped = (x.detach() * step).round_().div_(step)
+        return snapped + (x - x.detach()) if x.requires_grad else snapped
+
+    def of(self, result: Tensor) -> Tensor:
+        """s `result`, on the grid; differentiable."""
+        scaled = result if self.scale == 1 else self.scale * result
+        if self.grid_bits is not None and scaled.dtype in (torch.float16, torch.bfloat16):
+            scaled = scaled.float()  # the stream's own precision
+        return self.snap(scaled)
+
+    def add_(self, target: Tensor, result: Tensor, sign: int, chunk_bytes: int) -> None:
+        """target += sign s `result`, over chunks of the batch."""
+        result = result.detach()
+        if not self.rounds(target):
+            target.add_(result, alpha=sign * self.scale)
+            return
+        for sl in batch_chunks(target, chunk_bytes):
+            target[sl].add_(self.of(result[sl]), alpha=sign)
 
 
 class Branch:
@@ -126,41 +184,39 @@ class Branch:
 class _WalkedBack(Branch):
     """An invertible function: its activations are rebuilt from its output while the gradient passes."""
 
-    def __init__(self, function: InvertibleLayer, scale: float):
-        self.function, self.scale = function, scale
+    def __init__(self, function: InvertibleLayer, residual: Residual, chunk_bytes: int):
+        self.function, self.residual, self.chunk_bytes = function, residual, chunk_bytes
 
     def add_(self, source: Tensor, target: Tensor) -> Any:
         result, saved = self.function.forward_(_copy(source))
-        target.add_(result, alpha=self.scale)
+        self.residual.add_(target, result, 1, self.chunk_bytes)
         return saved
 
     def replay_(self, source: Tensor, target: Tensor, saved: Any, sign: int) -> None:
-        target.add_(self.function.replay_(_copy(source), saved), alpha=sign * self.scale)
+        self.residual.add_(target, self.function.replay_(_copy(source), saved), sign, self.chunk_bytes)
 
     def undo_(self, source, target, dsource, dtarget, saved, grads):
         result = self.function.replay_(_copy(source), saved)
-        target.sub_(result, alpha=self.scale)
+        self.residual.add_(target, result, -1, self.chunk_bytes)
         # The rebuilt source is thrown away: `source` itself came through the block's own, quieter inverse.
-        _, gradient = self.function.backward_(result, _copy(dtarget).mul_(self.scale), saved, grads)
+        _, gradient = self.function.backward_(result, _copy(dtarget).mul_(self.residual.scale), saved, grads)
         dsource.add_(gradient)
 
 
 class _Recomputed(Branch):
     """Any module: recomputed from its source and differentiated by autograd, over chunks if it may be."""
 
-    def __init__(self, function: nn.Module, scale: float, chunk_bytes: int | None):
-        self.function, self.scale, self.chunk_bytes = function, scale, chunk_bytes
+    def __init__(self, function: nn.Module, residual: Residual, chunk_bytes: int, per_sample: bool):
+        self.function, self.residual, self.chunk_bytes, self.per_sample = function, residual, chunk_bytes, per_sample
 
     def _chunks(self, source: Tensor) -> Iterator[slice]:
-        if self.chunk_bytes is None:
-            return iter([slice(None)])
-        return batch_chunks(source, self.chunk_bytes)
+        return batch_chunks(source, self.chunk_bytes) if self.per_sample else iter([slice(None)])
 
     def add_(self, source: Tensor, target: Tensor) -> Any:
         saved = []
         for sl in self._chunks(source):
             before = _rng_state(source.device)
-            target[sl].add_(self.function(source[sl]), alpha=self.scale)
+            self.residual.add_(target[sl], self.function(_copy(source[sl])), 1, self.chunk_bytes)
             # Only a function that drew random numbers needs their state again.
             saved.append(before if _differs(before, _rng_state(source.device)) else None)
         return saved
@@ -168,7 +224,7 @@ class _Recomputed(Branch):
     def replay_(self, source: Tensor, target: Tensor, saved: Any, sign: int) -> None:
         for sl, rng in zip(self._chunks(source), saved, strict=True):
             with frozen_running_statistics(self.function), _rng(rng, source.device):
-                target[sl].add_(self.function(source[sl]), alpha=sign * self.scale)
+                self.residual.add_(target[sl], self.function(_copy(source[sl])), sign, self.chunk_bytes)
 
     def undo_(self, source, target, dsource, dtarget, saved, grads):
         parameters = grads.wanted(self.function.parameters())
@@ -180,13 +236,16 @@ class _Recomputed(Branch):
 
     def _undo_chunk(self, source, target, dsource, dtarget, rng, leaves) -> list[Tensor | None]:
         """`undo_` of one chunk; returns the gradients of `leaves`. Its temporaries end with it."""
-        leaf = source.detach().requires_grad_()
+        leaf = _copy(source).requires_grad_()
         with torch.enable_grad(), _rng(rng, source.device):
             result = self.function(leaf)
-        dresult = dtarget.to(result.dtype) if self.scale == 1 else (dtarget * self.scale).to(result.dtype)
-        dleaf, *gradients = torch.autograd.grad(result, [leaf, *leaves], dresult, allow_unused=True)
-        # After the gradient: source and target are views of one buffer, whose version autograd watches.
-        target.sub_(result.detach(), alpha=self.scale)
+        self.residual.add_(target, result, -1, self.chunk_bytes)
+        scale = self.residual.scale
+        dresult = dtarget.to(result.dtype) if scale == 1 else (dtarget * scale).to(result.dtype)
+        # The gradient needs the graph of the result, not its values.
+        end = torch.autograd.graph.get_gradient_edge(result)
+        del result
+        dleaf, *gradients = torch.autograd.grad(end, [leaf, *leaves], dresult, allow_unused=True)
         if dleaf is not None:
             dsource.add_(dleaf)
         return gradients

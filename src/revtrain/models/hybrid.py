@@ -1,10 +1,11 @@
 """The hybrid network: coupling blocks whose F and G are themselves layer-wise chains.
 
-Legend: B batch, c = cfg.width, N = cfg.depth blocks in all, stages separated by cfg.pooling.
+Legend: B batch, c = cfg.width, N = cfg.depth blocks in all, stages separated by cfg.pooling,
+s = cfg.residual_scale.
 
     images (B, 3, 32, 32)
       stem        conv 3x3                           (B, c, 32, 32)
-      trunk       N / 3 x block                      y1 = x1 + F(x2), y2 = x2 + G(y1)
+      trunk       N / 3 x block                      y1 = x1 + s F(x2), y2 = x2 + s G(y1)
                   channel pooling                    (B, 4c, 16, 16)
                   N / 3 x block
                   channel pooling                    (B, 16c, 8, 8)
@@ -44,7 +45,15 @@ def build(cfg, classes: int, image_size: int) -> ReversibleNet:
         layers = [layer for _ in range(UNITS_PER_BRANCH) for layer in (*activation(channels), CouplingConv2d(channels))]
         return InvertibleChain(layers, backward=cfg.backward)
 
-    def block(channels: int):
-        return [AdditiveCoupling(channels, branch(channels // 2), branch(channels // 2))]
+    def block(channels: int, stage: int):
+        return [
+            AdditiveCoupling(
+                channels,
+                branch(channels // 2),
+                branch(channels // 2),
+                scale=cfg.residual_scale,
+                grid_bits=cfg.grid_bits,
+            )
+        ]
 
     return build_reversible(cfg, classes, image_size, block, final=activation)

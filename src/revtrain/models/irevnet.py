@@ -1,10 +1,11 @@
 """iRevNet: reversible blocks with ordinary F and G, and pooling that loses nothing.
 
-Legend: B batch, c = cfg.width, N = cfg.depth blocks in all, stages separated by cfg.pooling.
+Legend: B batch, c = cfg.width, N = cfg.depth blocks in all, stages separated by cfg.pooling,
+s = cfg.residual_scale.
 
     images (B, 3, 32, 32)
       stem        conv 3x3                           (B, c, 32, 32)
-      trunk       N / 4 x block                      y1 = x1 + F(x2), y2 = x2 + G(y1)
+      trunk       N / 4 x block                      y1 = x1 + s F(x2), y2 = x2 + s G(y1)
                   channel pooling                    (B, 4c, 16, 16)
                   N / 4 x block
                   channel pooling                    (B, 16c, 8, 8)
@@ -44,8 +45,16 @@ def residual(channels: int) -> nn.Sequential:
 def build(cfg, classes: int, image_size: int) -> ReversibleNet:
     """`cfg.depth` reversible blocks in a fully invertible trunk; see the module's legend."""
 
-    def block(channels: int):
-        return [AdditiveCoupling(channels, residual(channels // 2), residual(channels // 2))]
+    def block(channels: int, stage: int):
+        return [
+            AdditiveCoupling(
+                channels,
+                residual(channels // 2),
+                residual(channels // 2),
+                scale=cfg.residual_scale,
+                grid_bits=cfg.grid_bits,
+            )
+        ]
 
     def final(channels: int):
         return InvertibleBatchNorm2d(channels, cfg.epsilon_i), InvertibleLeakyReLU(cfg.slope)

@@ -24,7 +24,7 @@ from revtrain.models.parts import ReversibleNet, build_reversible
 def build(cfg, classes: int, image_size: int) -> ReversibleNet:
     """`cfg.depth` units of coupling convolution, BN and LeakyReLU; see the module's legend."""
 
-    def unit(channels: int):
+    def unit(channels: int, stage: int):
         return (
             CouplingConv2d(channels),
             InvertibleBatchNorm2d(channels, cfg.epsilon_i),

@@ -55,13 +55,13 @@ def build_reversible(
     cfg,
     classes: int,
     image_size: int,
-    unit: Callable[[int], Sequence[InvertibleLayer]],
+    unit: Callable[[int, int], Sequence[InvertibleLayer]],
     final: Callable[[int], Sequence[InvertibleLayer]] = lambda channels: (),
 ) -> ReversibleNet:
     """A fully invertible trunk: `cfg.depth` units over stages that `cfg.pooling` separates.
 
     Args:
-        unit: channels -> the layers of one repeated unit.
+        unit: (channels, stage) -> the layers of one repeated unit; stages count from 0.
         final: channels -> layers between the last unit and the head.
 
     Raises `RevtrainError` for an odd width, a pooling entry that is not invertible, or an image size that
@@ -90,7 +90,7 @@ def build_reversible(
                     "Expected a list of: channel, batch."
                 )
         for _ in range(units):
-            layers.extend(unit(channels))
+            layers.extend(unit(channels, stage))
     layers.extend(final(channels))
     trunk = InvertibleChain(layers, backward=cfg.backward, reuse_output=True)
     return ReversibleNet(conv3x3(3, cfg.width), trunk, Head(channels, classes, sub_images))

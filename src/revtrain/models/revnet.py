@@ -1,11 +1,11 @@
 """RevNet (Gomez et al. 2017): reversible blocks between residual blocks that halve the image.
 
 Legend: B batch, c = cfg.width, N = cfg.depth reversible blocks in all, one stage more than cfg.pooling has
-entries; every entry is "stride".
+entries; every entry is "stride"; s = cfg.residual_scale.
 
     images (B, 3, 32, 32)
       stem        conv 3x3                           (B, c, 32, 32)
-      stage 1     N / 4 x block                      y1 = x1 + F(x2), y2 = x2 + G(y1)
+      stage 1     N / 4 x block                      y1 = x1 + s F(x2), y2 = x2 + s G(y1)
       down        residual block, stride 2           (B, 2c, 16, 16)    not invertible: stores its input
       stage 2     N / 4 x block
       down        residual block, stride 2           (B, 4c, 8, 8)
@@ -17,10 +17,10 @@ entries; every entry is "stride".
     F, G:  2 x [ BN, ReLU, conv 3x3 ]  on half of the channels
     down:  torchvision's BasicBlock with a 1x1 convolution on its shortcut
 
-The blocks start with BN and ReLU, so the stem is a convolution alone: what it would store at full
-resolution is not worth a second pair. With c = 64 and N = 8 it has about as many parameters as ResNet-18. Each stage is a chain of its own; what
-the down-sampling blocks store is the paper's global bottleneck, and with channels doubling per pool the
-first stage peaks.
+The blocks start with BN and ReLU, so the stem is a convolution alone: what it would store at full resolution
+is not worth a second pair. With c = 64 and N = 8 it has about as many parameters as ResNet-18. Each stage is a
+chain of its own; what the down-sampling blocks store is the paper's global bottleneck, and with channels
+doubling per pool the first stage peaks.
 """
 
 from __future__ import annotations
@@ -77,7 +77,12 @@ def build(cfg, classes: int, image_size: int) -> RevNet:
             half = channels // 2
             stages.append(
                 InvertibleChain(
-                    [AdditiveCoupling(channels, residual(half), residual(half)) for _ in range(blocks)],
+                    [
+                        AdditiveCoupling(
+                            channels, residual(half), residual(half), scale=cfg.residual_scale, grid_bits=cfg.grid_bits
+                        )
+                        for _ in range(blocks)
+                    ],
                     backward=cfg.backward,
                     reuse_output=True,  # whoever stored it has done its backward pass by then
                 )

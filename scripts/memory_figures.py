@@ -1,0 +1,272 @@
+"""Draws the memory diagram of every architecture (Figures 1, 3, 4, 5, 8 and 9 of arXiv 1910.11127).
+
+    python scripts/memory_figures.py                         # all, into docs/figures/memory_<arch>.png and .svg
+    python scripts/memory_figures.py --arch hybrid width=16 precision=bf16
+
+Above: the network from input to loss as a row of modules. A bar shows what is alive while the backward pass of that
+module runs, after the closed forms: what earlier modules keep, what this one keeps, what lives only inside it, and
+gradients. Below: the live bytes over a whole training step, counted under fake tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from revtrain.conf import compose
+from revtrain.measure import LiveStorages
+from revtrain.measure.analytic import MemoryModel, Moment, Term, analytic_memory
+from revtrain.models import architectures, build_model
+from revtrain.optim import make_optimizer
+
+CLASSES = 10
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# what a bar is made of, from the bottom; colours that also differ in grey and for the colour-blind
+PARTS = {
+    "images": "#b8b8b8",
+    "kept by earlier modules": "#9ecae1",
+    "kept by this module": "#2171b5",
+    "alive only inside this module": "#fe9929",
+    "gradients": "#cb181d",
+}
+PHASES = {"forward": "#eef4fb", "backward": "#fdf0ea", "optimizer": "#eeeeee"}
+
+
+# ---------------------------------------------------------------- the diagram of modules
+
+
+def parts_of(moment: Moment, earlier: set[str]) -> dict[str, float]:
+    """Bytes per pixel of each of PARTS at a moment; `earlier` names what the modules before it keep."""
+    values = dict.fromkeys(PARTS, 0.0)
+    for term in moment.terms:
+        values[_part(term, earlier)] += term.bytes_per_pixel
+    return values
+
+
+def _part(term: Term, earlier: set[str]) -> str:
+    if term.name.startswith(("images", "labels")):
+        return "images"
+    if term.kind == "gradient":
+        return "gradients"
+    if term.bottleneck == "local":
+        return "alive only inside this module"
+    return "kept by earlier modules" if term.name in earlier else "kept by this module"
+
+
+def draw_modules(axes: Axes, model: MemoryModel) -> None:
+    """A bar for each module, and the two bottlenecks marked at the one that peaks."""
+    backward = [moment for moment in model.moments if moment.name.startswith("backward")]
+    kept: set[str] = set()
+    bars = []
+    for module, moment in zip(model.modules, backward, strict=True):
+        bars.append(parts_of(moment, kept))
+        kept |= {term.name for term in module.stored}
+    bottoms = [0.0] * len(bars)
+    for part, colour in PARTS.items():
+        heights = [bar[part] for bar in bars]
+        axes.bar(range(len(bars)), heights, 0.78, bottoms, color=colour, edgecolor="white", linewidth=0.4, label=part)
+        bottoms = [a + b for a, b in zip(bottoms, heights, strict=True)]
+    top = max(bottoms)
+    peak = bottoms.index(top)
+    _mark_bottlenecks(axes, bars, peak, top)
+    axes.set_xticks(range(len(bars)), [_short(module.name) for module in model.modules], fontsize=8.5)
+    axes.set_xlim(-0.6, len(bars) - 0.4)
+    axes.set_ylim(0, 1.32 * top)
+    axes.set_ylabel("bytes per input pixel")
+    axes.set_xlabel("modules from the input (left) to the loss (right)")
+    axes.set_title("Alive while a module's backward pass runs (closed form)", fontsize=11, loc="left")
+    axes.legend(fontsize=8.5, loc="upper center", ncols=5, frameon=False, handlelength=1, columnspacing=1.2)
+
+
+def _mark_bottlenecks(axes: Axes, bars: list[dict[str, float]], peak: int, top: float) -> None:
+    bar = bars[peak]
+    kept = bar["images"] + bar["kept by earlier modules"] + bar["kept by this module"]
+    local = bar["alive only inside this module"]
+    axes.axhline(kept, color="#2171b5", linewidth=1, linestyle="--")
+    left = peak < len(bars) / 2
+    axes.annotate(
+        f"peak {top:.0f}", (peak, top), (0, 4), textcoords="offset points", ha="center", fontsize=9.5, weight="bold"
+    )
+    x = len(bars) - 0.45 if left else -0.55
+    local_text = f"local bottleneck: {local:.0f} inside the peaking module" if local else "no local bottleneck"
+    axes.text(
+        x, kept + 0.012 * top, f"global bottleneck: {kept:.0f} kept over the pass\n{local_text}, "
+        f"gradients {bar['gradients']:.0f}",
+        ha="right" if left else "left", va="bottom", fontsize=8.5, color="#08306b",
+        bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.5},
+    )  # fmt: skip
+
+
+def _short(name: str) -> str:
+    """`stage 1, block 2` -> `stage 1\nblock 2`."""
+    return name.replace(", ", "\n").replace(" pooling", "\npooling").replace("BN\nLeakyReLU", "BN,\nLReLU")
+
+
+# ---------------------------------------------------------------- the timeline
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Live bytes after each operation of a step, as bytes per pixel and as bytes whatever the batch."""
+
+    per_pixel: list[float]
+    fixed: list[float]
+    ends: dict[str, int]  # phase -> index after its last operation
+
+
+class Timed(LiveStorages):
+    """Live bytes after each operation that allocates: the same row of operations at every batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.after: list[int] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        before = self.live_bytes
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        self.after.append(max(before, self.live_bytes))
+        return result
+
+
+def record(cfg: Any, image_size: int, batch: int) -> tuple[list[int], dict[str, int]]:
+    """Live bytes over the second of two training steps under fake tensors, and where its phases end."""
+    with FakeTensorMode(), torch.random.fork_rng([]), Timed() as counter:
+        model = build_model(cfg, CLASSES, image_size).train()
+        optimizer = make_optimizer(model, cfg)
+        for _ in range(2):
+            optimizer.zero_grad(set_to_none=True)
+            counter.after.clear()
+            ends = {}
+            images = torch.randn(batch, 3, image_size, image_size)
+            labels = torch.zeros(batch, dtype=torch.int64)
+            with torch.autocast("cpu", dtype=DTYPES.get(cfg.precision), enabled=cfg.precision != "fp32"):
+                loss = F.cross_entropy(model(images), labels)
+            ends["forward"] = len(counter.after)
+            loss.backward()
+            ends["backward"] = len(counter.after)
+            del images, labels, loss
+            optimizer.step()
+            ends["optimizer"] = len(counter.after)
+        return list(counter.after), ends
+
+
+def timeline(overrides: list[str], image_size: int, batch: int, chunks: int) -> Timeline:
+    """Two recordings, one at twice the batch, give at each operation what grows with the batch and what does not.
+
+    The scratch of a chunk doubles along, so that both runs do the same operations; with `chunks` of them in the
+    stem's output, its share is small.
+    """
+    width = compose(overrides).width
+    chunk_mib = batch * image_size**2 * width * 4 / 2 / chunks / 2**20
+    one, two = (
+        record(compose([*overrides, f"chunk_mib={factor * chunk_mib}"]), image_size, factor * batch)
+        for factor in (1, 2)
+    )
+    if len(one[0]) != len(two[0]):
+        raise SystemExit(f"{overrides}: {len(one[0])} operations at batch {batch}, {len(two[0])} at twice the batch.")
+    pixels = batch * image_size**2
+    per_pixel = [(large - small) / pixels for small, large in zip(one[0], two[0], strict=True)]
+    fixed = [2 * small - large for small, large in zip(one[0], two[0], strict=True)]
+    return Timeline(per_pixel, fixed, one[1])
+
+
+def draw_timeline(axes: Axes, line: Timeline, batch_pixels: int) -> None:
+    """Live bytes per pixel over the operations of a step; weights and the like as a line at this batch."""
+    steps = range(len(line.per_pixel))
+    start = 0
+    for phase, colour in PHASES.items():
+        end = line.ends[phase]
+        axes.axvspan(start, end, color=colour, zorder=0)
+        if end - start > 0.06 * len(steps):
+            axes.text((start + end) / 2, 0.97, phase, transform=axes.get_xaxis_transform(), ha="center", va="top",
+                      fontsize=9.5, color="#555555")  # fmt: skip
+        start = end
+    axes.fill_between(steps, line.per_pixel, step="post", color="#6baed6", alpha=0.75, linewidth=0,
+                      label="activations and their gradients")  # fmt: skip
+    axes.plot(steps, line.per_pixel, drawstyle="steps-post", color="#08519c", linewidth=0.9)
+    peak = max(line.per_pixel)
+    at = line.per_pixel.index(peak)
+    phase = next(name for name, end in line.ends.items() if at < end)
+    axes.plot([at], [peak], "o", color="#cb181d", markersize=6)
+    right = at > 0.6 * len(steps)
+    axes.annotate(
+        f"peak: {peak:.0f} bytes per pixel, in the {phase} pass", (at, peak), (-8 if right else 8, 6),
+        textcoords="offset points", ha="right" if right else "left", fontsize=9.5, weight="bold", color="#cb181d",
+    )  # fmt: skip
+    axes.set_xlim(0, len(steps))
+    axes.set_ylim(0, 1.25 * peak)
+    axes.set_xlabel("operations of one training step")
+    axes.set_ylabel("live bytes per input pixel")
+    weights = max(line.fixed) / 2**20
+    axes.set_title(
+        "Counted over one step under fake tensors; weights, their gradients and momentum apart "
+        f"(at most {weights:.0f} MiB)",
+        fontsize=11, loc="left",
+    )  # fmt: skip
+    axes.legend(fontsize=8.5, loc="lower center", frameon=False)
+
+
+# ---------------------------------------------------------------- the figure
+
+
+def draw(overrides: list[str], image_size: int, batch: int, chunks: int) -> Figure:
+    """Both panels of one configuration."""
+    cfg = compose(overrides)
+    model = analytic_memory(cfg, CLASSES, image_size)
+    figure, (above, below) = plt.subplots(2, 1, figsize=(11, 8.6), layout="constrained", height_ratios=[1.25, 1])
+    draw_modules(above, model)
+    draw_timeline(below, timeline(overrides, image_size, batch, chunks), batch * image_size**2)
+    figure.suptitle(
+        f"{cfg.arch}: {model.bytes_per_pixel:.0f} bytes per input pixel   "
+        f"(width {cfg.width}, depth {cfg.depth}, {cfg.precision}, backward={cfg.backward}, "
+        f"{model.parameters / 1e6:.1f} M parameters)",
+        fontsize=13, weight="bold",
+    )  # fmt: skip
+    for axes in (above, below):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_axisbelow(True)
+        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    return figure
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("overrides", nargs="*", help="configuration for all, e.g. width=16 precision=bf16")
+    parser.add_argument("--arch", nargs="+", default=architectures(), choices=architectures(), metavar="ARCH")
+    parser.add_argument("--image-size", type=int, default=32, help="pixels a side (32)")
+    parser.add_argument("--batch", type=int, default=512, help="smaller of the two recorded batches (512)")
+    parser.add_argument("--chunks", type=int, default=32, help="chunks that scratch is cut into; more: slower (32)")
+    parser.add_argument("--output", type=Path, default=Path("docs/figures"), help="folder (docs/figures)")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str] | None = None, show: Callable[[str], None] = print) -> None:
+    args = parse(argv)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for arch in args.arch:
+        overrides = ["data=synthetic", f"arch={arch}", *args.overrides]
+        chunks = min(args.chunks, 8) if arch == "chunked" else args.chunks  # which loops over hidden channels, too
+        figure = draw(overrides, args.image_size, args.batch, chunks)
+        for suffix in ("png", "svg"):
+            path = args.output / f"memory_{arch}.{suffix}"
+            figure.savefig(path, dpi=100)
+            show(str(path))
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from revtrain.conf import compose
 from revtrain.measure import LiveStorages
-from revtrain.measure.analytic import MemoryModel, Moment, Term, analytic_memory
+from revtrain.measure.analytic import MemoryModel, Module, Moment, analytic_memory
 from revtrain.models import architectures, build_model
 from revtrain.optim import make_optimizer
 
@@ -40,31 +40,34 @@ PARTS = {
     "images": "#b8b8b8",
     "kept by earlier modules": "#9ecae1",
     "kept by this module": "#2171b5",
-    "alive only inside this module": "#fe9929",
+    "state, one buffer for the chain": "#41ab5d",
+    "alive only inside": "#fe9929",
     "gradients": "#cb181d",
 }
+KEPT = list(PARTS)[:4]
 PHASES = {"forward": "#eef4fb", "backward": "#fdf0ea", "optimizer": "#eeeeee"}
 
 
 # ---------------------------------------------------------------- the diagram of modules
 
 
-def parts_of(moment: Moment, earlier: set[str]) -> dict[str, float]:
+def parts_of(moment: Moment, module: Module, earlier: set[str]) -> dict[str, float]:
     """Bytes per pixel of each of PARTS at a moment; `earlier` names what the modules before it keep."""
+    own = {term.name for term in module.stored}
     values = dict.fromkeys(PARTS, 0.0)
     for term in moment.terms:
-        values[_part(term, earlier)] += term.bytes_per_pixel
+        if term.name.startswith(("images", "labels")):
+            part = "images"
+        elif term.kind == "gradient":
+            part = "gradients"
+        elif term.bottleneck != "global":
+            part = "alive only inside"
+        elif term.name in own and term.name.startswith(("state", "output of stage")):
+            part = "state, one buffer for the chain"
+        else:
+            part = "kept by earlier modules" if term.name in earlier else "kept by this module"
+        values[part] += term.bytes_per_pixel
     return values
-
-
-def _part(term: Term, earlier: set[str]) -> str:
-    if term.name.startswith(("images", "labels")):
-        return "images"
-    if term.kind == "gradient":
-        return "gradients"
-    if term.bottleneck == "local":
-        return "alive only inside this module"
-    return "kept by earlier modules" if term.name in earlier else "kept by this module"
 
 
 def draw_modules(axes: Axes, model: MemoryModel) -> None:
@@ -73,47 +76,74 @@ def draw_modules(axes: Axes, model: MemoryModel) -> None:
     kept: set[str] = set()
     bars = []
     for module, moment in zip(model.modules, backward, strict=True):
-        bars.append(parts_of(moment, kept))
+        bars.append(parts_of(moment, module, kept))
         kept |= {term.name for term in module.stored}
     bottoms = [0.0] * len(bars)
     for part, colour in PARTS.items():
         heights = [bar[part] for bar in bars]
-        axes.bar(range(len(bars)), heights, 0.78, bottoms, color=colour, edgecolor="white", linewidth=0.4, label=part)
+        if max(heights) > 0:
+            axes.bar(
+                range(len(bars)), heights, 0.78, bottoms, color=colour, edgecolor="white", linewidth=0.4, label=part
+            )
         bottoms = [a + b for a, b in zip(bottoms, heights, strict=True)]
-    top = max(bottoms)
-    peak = bottoms.index(top)
-    _mark_bottlenecks(axes, bars, peak, top)
+    top = max(*bottoms, model.bytes_per_pixel)
+    _mark_forward(axes, model, bottoms)
+    _mark_bottlenecks(axes, bars, bottoms.index(max(bottoms)), top)
     axes.set_xticks(range(len(bars)), [_short(module.name) for module in model.modules], fontsize=8.5)
-    axes.set_xlim(-0.6, len(bars) - 0.4)
-    axes.set_ylim(0, 1.32 * top)
+    axes.set_xlim(-0.6, 1.24 * len(bars) - 0.4)
+    axes.set_ylim(0, 1.3 * top)
     axes.set_ylabel("bytes per input pixel")
-    axes.set_xlabel("modules from the input (left) to the loss (right)")
-    axes.set_title("Alive while a module's backward pass runs (closed form)", fontsize=11, loc="left")
-    axes.legend(fontsize=8.5, loc="upper center", ncols=5, frameon=False, handlelength=1, columnspacing=1.2)
+    axes.set_xlabel("modules from the input (left) to the loss (right)", loc="left")
+    axes.set_title("Alive while the backward pass of a module runs (closed form)", fontsize=11, loc="left")
+    axes.legend(fontsize=9, loc="upper left", ncols=3, frameon=False, handlelength=1, columnspacing=1.2)
+
+
+def _mark_forward(axes: Axes, model: MemoryModel, bottoms: list[float]) -> None:
+    """Where the forward pass needs more than the backward pass of the same module: a dashed outline."""
+    label = "in its forward pass"
+    for moment in model.moments:
+        height = moment.bytes_per_pixel
+        if moment.name.startswith("forward") and height > bottoms[moment.module]:
+            axes.bar(
+                moment.module, height, 0.78, fill=False, edgecolor="black", linestyle="--", linewidth=1, label=label
+            )
+            label = None
+            if moment is model.peak:
+                _write_peak(axes, moment.module, height)
+
+
+def _write_peak(axes: Axes, x: float, height: float) -> None:
+    axes.annotate(
+        f"peak {height:.0f}", (x, height), (0, 4), textcoords="offset points", ha="center", fontsize=10, weight="bold"
+    )
 
 
 def _mark_bottlenecks(axes: Axes, bars: list[dict[str, float]], peak: int, top: float) -> None:
+    """Right of the bars: what the highest of them is made of, as global and local bottleneck and gradients."""
     bar = bars[peak]
-    kept = bar["images"] + bar["kept by earlier modules"] + bar["kept by this module"]
-    local = bar["alive only inside this module"]
-    axes.axhline(kept, color="#2171b5", linewidth=1, linestyle="--")
-    left = peak < len(bars) / 2
-    axes.annotate(
-        f"peak {top:.0f}", (peak, top), (0, 4), textcoords="offset points", ha="center", fontsize=9.5, weight="bold"
-    )
-    x = len(bars) - 0.45 if left else -0.55
-    local_text = f"local bottleneck: {local:.0f} inside the peaking module" if local else "no local bottleneck"
-    axes.text(
-        x, kept + 0.012 * top, f"global bottleneck: {kept:.0f} kept over the pass\n{local_text}, "
-        f"gradients {bar['gradients']:.0f}",
-        ha="right" if left else "left", va="bottom", fontsize=8.5, color="#08306b",
-        bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.5},
-    )  # fmt: skip
+    sizes = {
+        "global\nbottleneck": (sum(bar[part] for part in KEPT), "#08519c"),
+        "local\nbottleneck": (bar["alive only inside"], "#d95f02"),
+        "gradients": (bar["gradients"], "#cb181d"),
+    }
+    if sum(bar.values()) >= 0.999 * top:
+        _write_peak(axes, peak, sum(bar.values()))
+    x, low, written = len(bars) - 0.35, 0.0, -1.0
+    for name, (size, colour) in sizes.items():
+        high = low + size
+        axes.plot([peak + 0.39, x], [high, high], color=colour, linewidth=0.8, linestyle=":")
+        if size > 0:
+            axes.annotate("", (x, high), (x, low), arrowprops={"arrowstyle": "<->", "color": colour, "shrinkA": 0,
+                                                               "shrinkB": 0})  # fmt: skip
+        middle = max((low + high) / 2, written + 0.13 * top)
+        text = f"{name}: {size:.0f}" if size else f"no {name}"
+        axes.text(x + 0.02 * len(bars), middle, text, color=colour, fontsize=9.5, va="center")
+        low, written = high, middle
 
 
 def _short(name: str) -> str:
-    """`stage 1, block 2` -> `stage 1\nblock 2`."""
-    return name.replace(", ", "\n").replace(" pooling", "\npooling").replace("BN\nLeakyReLU", "BN,\nLReLU")
+    """`stage 1, block 2` -> `stage 1`, `block 2` below it."""
+    return name.replace(", ", "\n").replace(" pooling", "\npool").replace("BN\nLeakyReLU", "BN,\nLReLU")
 
 
 # ---------------------------------------------------------------- the timeline
@@ -126,6 +156,7 @@ class Timeline:
     per_pixel: list[float]
     fixed: list[float]
     ends: dict[str, int]  # phase -> index after its last operation
+    chunks: int  # the share of scratch; 0: there is none
 
 
 class Timed(LiveStorages):
@@ -143,24 +174,22 @@ class Timed(LiveStorages):
 
 
 def record(cfg: Any, image_size: int, batch: int) -> tuple[list[int], dict[str, int]]:
-    """Live bytes over the second of two training steps under fake tensors, and where its phases end."""
+    """Live bytes after each operation of a training step under fake tensors, and where its phases end."""
     with FakeTensorMode(), torch.random.fork_rng([]), Timed() as counter:
         model = build_model(cfg, CLASSES, image_size).train()
         optimizer = make_optimizer(model, cfg)
-        for _ in range(2):
-            optimizer.zero_grad(set_to_none=True)
-            counter.after.clear()
-            ends = {}
-            images = torch.randn(batch, 3, image_size, image_size)
-            labels = torch.zeros(batch, dtype=torch.int64)
-            with torch.autocast("cpu", dtype=DTYPES.get(cfg.precision), enabled=cfg.precision != "fp32"):
-                loss = F.cross_entropy(model(images), labels)
-            ends["forward"] = len(counter.after)
-            loss.backward()
-            ends["backward"] = len(counter.after)
-            del images, labels, loss
-            optimizer.step()
-            ends["optimizer"] = len(counter.after)
+        counter.after.clear()
+        ends = {}
+        images = torch.randn(batch, 3, image_size, image_size)
+        labels = torch.zeros(batch, dtype=torch.int64)
+        with torch.autocast("cpu", dtype=DTYPES.get(cfg.precision), enabled=cfg.precision != "fp32"):
+            loss = F.cross_entropy(model(images), labels)
+        ends["forward"] = len(counter.after)
+        loss.backward()
+        ends["backward"] = len(counter.after)
+        del images, labels, loss
+        optimizer.step()
+        ends["optimizer"] = len(counter.after)
         return list(counter.after), ends
 
 
@@ -170,8 +199,8 @@ def timeline(overrides: list[str], image_size: int, batch: int, chunks: int) -> 
     The scratch of a chunk doubles along, so that both runs do the same operations; with `chunks` of them in the
     stem's output, its share is small.
     """
-    width = compose(overrides).width
-    chunk_mib = batch * image_size**2 * width * 4 / 2 / chunks / 2**20
+    cfg = compose(overrides)
+    chunk_mib = batch * image_size**2 * cfg.width * 4 / 2 / chunks / 2**20
     one, two = (
         record(compose([*overrides, f"chunk_mib={factor * chunk_mib}"]), image_size, factor * batch)
         for factor in (1, 2)
@@ -181,11 +210,11 @@ def timeline(overrides: list[str], image_size: int, batch: int, chunks: int) -> 
     pixels = batch * image_size**2
     per_pixel = [(large - small) / pixels for small, large in zip(one[0], two[0], strict=True)]
     fixed = [2 * small - large for small, large in zip(one[0], two[0], strict=True)]
-    return Timeline(per_pixel, fixed, one[1])
+    return Timeline(per_pixel, fixed, one[1], chunks if cfg.arch != "resnet18" and cfg.backward == "invert" else 0)
 
 
-def draw_timeline(axes: Axes, line: Timeline, batch_pixels: int) -> None:
-    """Live bytes per pixel over the operations of a step; weights and the like as a line at this batch."""
+def draw_timeline(axes: Axes, line: Timeline) -> None:
+    """Live bytes per pixel over the operations of a step."""
     steps = range(len(line.per_pixel))
     start = 0
     for phase, colour in PHASES.items():
@@ -195,9 +224,9 @@ def draw_timeline(axes: Axes, line: Timeline, batch_pixels: int) -> None:
             axes.text((start + end) / 2, 0.97, phase, transform=axes.get_xaxis_transform(), ha="center", va="top",
                       fontsize=9.5, color="#555555")  # fmt: skip
         start = end
-    axes.fill_between(steps, line.per_pixel, step="post", color="#6baed6", alpha=0.75, linewidth=0,
+    axes.fill_between(steps, line.per_pixel, step="post", color="#6baed6", alpha=0.75, linewidth=0, rasterized=True,
                       label="activations and their gradients")  # fmt: skip
-    axes.plot(steps, line.per_pixel, drawstyle="steps-post", color="#08519c", linewidth=0.9)
+    axes.plot(steps, line.per_pixel, drawstyle="steps-post", color="#08519c", linewidth=0.9, rasterized=True)
     peak = max(line.per_pixel)
     at = line.per_pixel.index(peak)
     phase = next(name for name, end in line.ends.items() if at < end)
@@ -209,7 +238,8 @@ def draw_timeline(axes: Axes, line: Timeline, batch_pixels: int) -> None:
     )  # fmt: skip
     axes.set_xlim(0, len(steps))
     axes.set_ylim(0, 1.25 * peak)
-    axes.set_xlabel("operations of one training step")
+    scratch = f"; scratch of 1/{line.chunks} of half a state included" if line.chunks else ""
+    axes.set_xlabel(f"operations of one training step{scratch}", loc="left")
     axes.set_ylabel("live bytes per input pixel")
     weights = max(line.fixed) / 2**20
     axes.set_title(
@@ -227,14 +257,14 @@ def draw(overrides: list[str], image_size: int, batch: int, chunks: int) -> Figu
     """Both panels of one configuration."""
     cfg = compose(overrides)
     model = analytic_memory(cfg, CLASSES, image_size)
-    figure, (above, below) = plt.subplots(2, 1, figsize=(11, 8.6), layout="constrained", height_ratios=[1.25, 1])
+    figure, (above, below) = plt.subplots(2, 1, figsize=(10, 8.4), layout="constrained", height_ratios=[1.25, 1])
     draw_modules(above, model)
-    draw_timeline(below, timeline(overrides, image_size, batch, chunks), batch * image_size**2)
+    draw_timeline(below, timeline(overrides, image_size, batch, chunks))
+    mode = "" if cfg.arch == "resnet18" else f"backward={cfg.backward}, "
     figure.suptitle(
         f"{cfg.arch}: {model.bytes_per_pixel:.0f} bytes per input pixel   "
-        f"(width {cfg.width}, depth {cfg.depth}, {cfg.precision}, backward={cfg.backward}, "
-        f"{model.parameters / 1e6:.1f} M parameters)",
-        fontsize=13, weight="bold",
+        f"(width {cfg.width}, depth {cfg.depth}, {cfg.precision}, {mode}{model.parameters / 1e6:.1f} M parameters)",
+        fontsize=12.5, weight="bold",
     )  # fmt: skip
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
@@ -249,7 +279,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arch", nargs="+", default=architectures(), choices=architectures(), metavar="ARCH")
     parser.add_argument("--image-size", type=int, default=32, help="pixels a side (32)")
     parser.add_argument("--batch", type=int, default=512, help="smaller of the two recorded batches (512)")
-    parser.add_argument("--chunks", type=int, default=32, help="chunks that scratch is cut into; more: slower (32)")
+    parser.add_argument("--chunks", type=int, default=32, help="parts of half a state; more: slower (32)")
     parser.add_argument("--output", type=Path, default=Path("docs/figures"), help="folder (docs/figures)")
     return parser.parse_intermixed_args(argv)
 
@@ -259,11 +289,10 @@ def main(argv: list[str] | None = None, show: Callable[[str], None] = print) -> 
     args.output.mkdir(parents=True, exist_ok=True)
     for arch in args.arch:
         overrides = ["data=synthetic", f"arch={arch}", *args.overrides]
-        chunks = min(args.chunks, 8) if arch == "chunked" else args.chunks  # which loops over hidden channels, too
-        figure = draw(overrides, args.image_size, args.batch, chunks)
+        figure = draw(overrides, args.image_size, args.batch, args.chunks)
         for suffix in ("png", "svg"):
             path = args.output / f"memory_{arch}.{suffix}"
-            figure.savefig(path, dpi=100)
+            figure.savefig(path, dpi=120)
             show(str(path))
         plt.close(figure)
 

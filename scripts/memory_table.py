@@ -125,7 +125,9 @@ def row(cfg: Any, args: argparse.Namespace) -> dict[str, Any]:
             )
         )
         pixels = args.measure_batch * args.image_size**2
-        cells[f"measured B/px, {args.measure_batch} to {2 * args.measure_batch}"] = round((real[1] - real[0]) / pixels, 1)
+        cells[f"measured B/px, {args.measure_batch} to {2 * args.measure_batch}"] = round(
+            (real[1] - real[0]) / pixels, 1
+        )
         cells[f"measured peak at {2 * args.measure_batch}, MiB"] = round(real[1] / MIB, 1)
         cells[f"predicted peak at {2 * args.measure_batch}, MiB"] = round(fake[1] / MIB, 1)
     cells[f"CUDA peak at {args.batch}, allocated / reserved MiB"] = measure_cuda(cfg, args.image_size, args.batch)

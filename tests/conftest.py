@@ -9,12 +9,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 import logging
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+
+# A shell starts its background jobs with SIGINT ignored, and so perhaps this process: tests of Ctrl-C need it back.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # about a second and a half a run: 3 steps an epoch, 2 epochs
 TINY = (

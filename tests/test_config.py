@@ -118,7 +118,7 @@ def test_resnet18_takes_any_width_and_both_backwards():
 
 def test_schema_lists_nested_keys_and_their_types_in_words():
     assert {"arch", "data", "data.root", "data.augment.pad", "probe.every"} <= schema().keys()
-    assert expected("batch") == "a whole number"
+    assert expected("batch") == "a whole number, or auto"
     assert expected("depth") == "a whole number or null"
     assert expected("lr") == "a number"
     assert expected("data.augment.flip") == "true or false"

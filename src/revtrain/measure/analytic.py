@@ -34,7 +34,8 @@ from revtrain.models.hybrid import UNITS_PER_BRANCH
 from revtrain.models.parts import spread_depth
 from revtrain.models.resnet18 import BLOCKS
 
-# Which of the paper's equations a term belongs to.
+# Which of the paper's equations a term belongs to. Within a network's own range the draft does not always keep
+# activations, local activations and gradients apart, so a term carries the range.
 EQ_TOTAL = "Eq. 5"
 EQ_STORED = "Eqs. 6, 7"  # a storing network: ResNet-18, and backward=store of any other
 EQ_REVNET_GLOBAL, EQ_REVNET_LOCAL = "Eq. 9", "Eqs. 10, 11"
@@ -217,7 +218,7 @@ def analytic_memory(cfg: Any, classes: int = 10, image_size: int = 32) -> Memory
 
 
 def _moments(setting: _Setting, modules: tuple[Module, ...]) -> Iterable[Moment]:
-    """One moment for each module's backward pass, and the end of the forward pass."""
+    """One moment for the backward pass of each module, and one for each forward pass with a need of its own."""
     inputs, always = _inputs(setting), _always(setting, modules)
     held = Term(
         "output of the stem, held by its caller", EQ_TOTAL, "c a", "activation", None, setting.cfg.width * setting.a
@@ -363,7 +364,8 @@ def _revnet(setting: _Setting) -> list[Module]:
             name = f"stage {t + 1}, block {unit + 1}"
             if setting.inverts:
                 stored = (state,)
-                passing = Term("inside F: BN and conv", EQ_REVNET_LOCAL, "2 h a", "activation", "local", values * a)
+                inside = "inside F: its input, BN and conv"
+                passing = Term(inside, EQ_REVNET_LOCAL, "3 h a", "activation", "local", 1.5 * values * a)
                 local = (
                     Term("gradient of the state", EQ_REVNET_LOCAL, f"E_{t} s", "gradient", None, values * s),
                     Term("the same, as it came from above", EQ_REVNET_LOCAL, f"E_{t} s", "gradient", None, values * s),
@@ -393,7 +395,7 @@ def _down(setting: _Setting, before: _Stage, after: _Stage) -> Module:
     if setting.inverts and setting.cast:
         stored.append(
             Term(
-                f"down {t}: its input in 16 bit, for two convolutions", EQ_REVNET_GLOBAL, f"2 E_{t - 1} a", "activation",
+                f"down {t}: its input in 16 bit, for two convs", EQ_REVNET_GLOBAL, f"2 E_{t - 1} a", "activation",
                 "global", 2 * before.values * setting.cast,
             )
         )  # fmt: skip
@@ -530,7 +532,7 @@ def _adding(setting: _Setting, stage: _Stage) -> Term:
     halves = 3 + (cfg.residual_scale != 1) + rounding + (cfg.arch == "hybrid")
     if cfg.arch == "revnet":
         halves -= 2  # the stage's output, counted among what is stored, does not exist yet
-    return Term("the block's sum: x and G's output, scaled and rounded", EQ_STORED, f"{halves:g} h s", "activation", "local",
+    return Term("the sum: x and G's output, scaled and rounded", EQ_STORED, f"{halves:g} h s", "activation", "local",
                 halves * h * setting.s)  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from revtrain.layers import (
     check_pooling,
     merge_sub_images,
 )
+from revtrain.layers.activation import _pack, _unpack
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4}
 
@@ -210,3 +211,22 @@ def test_what_cannot_be_inverted_is_refused(build, given, remedy):
 
 def plain_module():
     return torch.nn.Identity()
+
+
+@pytest.mark.parametrize("count", [1, 8, 13, 64])
+def test_packed_signs_come_back(count):
+    """Eight signs a byte: what hybrid keeps while one block is walked back."""
+    bits = torch.rand(count, generator=torch.Generator().manual_seed(count)) < 0.5
+    packed = _pack(bits)
+    assert packed.numel() == -(-count // 8)
+    assert torch.equal(_unpack(packed, count), bits)
+
+
+def test_walking_back_uses_the_true_signs():
+    """An error in y that crosses zero must not change the gradient inside a block."""
+    layer = InvertibleLeakyReLU(0.25)
+    x = torch.tensor([-1e-6, 2.0, -3.0, 1e-6])
+    y, signs = layer.replay_to_walk_back_(x.clone(), None)
+    noisy = y + torch.tensor([1e-5, 0.0, 0.0, -1e-5])
+    _, dx = layer.backward_(noisy, torch.ones(4), signs, Gradients([]))
+    assert dx.tolist() == [0.25, 1.0, 0.25, 1.0]

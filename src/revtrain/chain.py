@@ -87,6 +87,13 @@ class InvertibleChain(InvertibleLayer):
             x = layer.replay_(x, memory)
         return x
 
+    def replay_to_walk_back_(self, x: Tensor, saved: list[Any]) -> tuple[Tensor, list[Any]]:
+        kept = []
+        for layer, memory in zip(self.layers, saved, strict=True):
+            x, memory = layer.replay_to_walk_back_(x, memory)
+            kept.append(memory)
+        return x, kept
+
     def inverse_(self, y: Tensor, saved: list[Any]) -> Tensor:
         for layer, memory in zip(reversed(self.layers), reversed(saved), strict=True):
             y = layer.inverse_(y, memory)

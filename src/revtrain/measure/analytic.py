@@ -575,7 +575,9 @@ class _Hybrid(_Block):
         return (
             Term("inside F: its state", self.equation, "h s", "activation", "local", h * s),
             Term("inside F: gradient of its state", self.equation, "h s", "gradient", "local", h * s),
-        )
+            Term("inside F: signs of LeakyReLU's inputs, a bit each", self.equation, f"{UNITS_PER_BRANCH} h / 8",
+                 "activation", "local", UNITS_PER_BRANCH * h / 8),
+        )  # fmt: skip
 
 
 class _IRevNet(_Block):

@@ -20,6 +20,7 @@ from revtrain.layers import (
     CouplingConv2d,
     InvertibleBatchNorm2d,
     InvertibleLeakyReLU,
+    PreNorm,
 )
 
 
@@ -44,6 +45,16 @@ def plain(channels: int, dropout: float = 0.0) -> nn.Sequential:
 def inner_chain(channels: int) -> InvertibleChain:
     return InvertibleChain(
         [InvertibleBatchNorm2d(channels), InvertibleLeakyReLU(0.3), CouplingConv2d(channels, kernel_size=1)]
+    )
+
+
+def prenorm(channels: int, dropout: float = 0.0) -> PreNorm:
+    """A batch norm, then a function of each sample alone."""
+    return PreNorm(
+        channels,
+        nn.Sequential(
+            nn.Conv2d(channels, 5, 3, padding=1), nn.GELU(), nn.Dropout(dropout), nn.Conv2d(5, channels, 3, padding=1)
+        ),
     )
 
 
@@ -75,6 +86,8 @@ LAYERS = [
     LayerCase("chunked-relu", lambda: ChunkedCoupling(4, hidden=5, hidden_chunk=2, scale=0.5)),
     LayerCase("chunked-gelu", lambda: ChunkedCoupling(4, hidden=4, hidden_chunk=1, activation="gelu")),
     LayerCase("chunked-silu", lambda: ChunkedCoupling(4, hidden=3, hidden_chunk=8, activation="silu")),
+    LayerCase("prenorm", lambda: AdditiveCoupling(4, prenorm(2), prenorm(2), scale=0.5)),
+    LayerCase("prenorm-dropout", lambda: AdditiveCoupling(4, prenorm(2, 0.5), prenorm(2, 0.5))),
     LayerCase("channel-pooling", ChannelPooling),
     LayerCase("batch-pooling", BatchPooling),
     LayerCase("channel-pooling-wide", ChannelPooling, (3, 2, 6, 4)),

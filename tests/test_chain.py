@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import everything, inner_chain, plain
+from cases import everything, inner_chain, plain, prenorm
 from torch import nn
 
 from revtrain.chain import InvertibleChain, observe
 from revtrain.invertible import InvertibleLayer
 from revtrain.layers import AdditiveCoupling, CouplingConv2d, InvertibleBatchNorm2d, InvertibleLeakyReLU, WideResidual
+from revtrain.stream import Stream
 
 
 def small_chain(**options):
@@ -282,26 +283,33 @@ def test_observer_sees_every_layer_and_is_gone_afterwards():
 
 
 @pytest.mark.parametrize(
-    "make", [plain, inner_chain, lambda channels: WideResidual(channels, 6)], ids=["plain", "chain", "wide"]
+    "make",
+    [plain, inner_chain, prenorm, lambda channels: WideResidual(channels, 6)],
+    ids=["plain", "chain", "prenorm", "wide"],
 )
 def test_coupling_on_a_grid_is_inverted_bit_by_bit_at_any_depth(make):
-    """Multiples of 2^-16 add without rounding in float32; without a grid 40 blocks lose digits."""
+    """Multiples of 2^-b add without rounding; without a grid 40 blocks lose digits."""
 
-    def rebuilt_exactly(grid_bits):
+    def rebuilt_exactly(name):
         torch.manual_seed(0)
-        chain = InvertibleChain([AdditiveCoupling(4, make(2), make(2), grid_bits=grid_bits) for _ in range(40)])
-        x = (images(dtype=torch.float32) * 2**16).round() / 2**16
+        stream = Stream(name)
+        chain = InvertibleChain(
+            [AdditiveCoupling(4, make(2), make(2), stream=stream) for _ in range(40)], stream=stream
+        )
         with torch.no_grad():
+            x = chain.encode(stream.snap(images(dtype=torch.float32)))
             y, saved = chain.forward_(x.clone())
             return torch.equal(chain.inverse(y, saved), x)
 
-    assert rebuilt_exactly(16)
-    assert not rebuilt_exactly(None)
+    for name in ("float32", "int32", "int16"):
+        assert rebuilt_exactly(name), name
+    assert not rebuilt_exactly("plain")
 
 
 def test_the_grid_is_the_same_function_in_both_modes():
     def make():
-        return InvertibleChain([AdditiveCoupling(4, plain(2), plain(2), scale=0.3, grid_bits=12) for _ in range(3)])
+        grid = Stream("float32", grid_bits=12)
+        return InvertibleChain([AdditiveCoupling(4, plain(2), plain(2), scale=0.3, stream=grid) for _ in range(3)])
 
     inverting, storing = twins(make)
     outputs = []

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from revtrain.errors import RevtrainError
 from revtrain.invertible import Gradients, InvertibleLayer
+from revtrain.stream import PLAIN, Stream
 
 BACKWARDS = ("invert", "store")
 
@@ -32,6 +33,21 @@ class Observer(Protocol):
         """`x` is what the backward pass rebuilt of the input of `layer`."""
 
 
+class Readout(Protocol):
+    """What may end a chain: a module that is not inverted (see `revtrain.layers.Readout`)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The chain's result by ordinary autograd."""
+
+    def forward_(self, state: Tensor, stream: Stream) -> tuple[Tensor, Any]:
+        """(result, saved); the state stays as it is."""
+
+    def backward_(
+        self, state: Tensor, dresult: Tensor, saved: Any, grads: Gradients, stream: Stream, dtype: torch.dtype
+    ) -> Tensor:
+        """The gradient of the state, in `dtype`."""
+
+
 class InvertibleChain(InvertibleLayer):
     """Invertible layers in a row; itself an invertible layer, so chains nest.
 
@@ -40,14 +56,26 @@ class InvertibleChain(InvertibleLayer):
         backward: "invert" (rebuild activations) or "store" (ordinary autograd).
         reuse_output: let the backward pass overwrite the chain's output. Saves one activation; the output
             must then not be read after `backward()`. Autograd refuses a second backward through it.
+        stream: the number format between the layers; an integer one only for layers that can have it
+            (couplings of the same stream, poolings).
+        readout: a module after the layers that needs no inverse. Nobody else then sees the last state, and the
+            backward pass overwrites it.
 
-    Input and output are tensors (B, ...); the layers decide the rest. Raises `RevtrainError` for a layer
-    that is not invertible or an unknown `backward`.
+    Input and output are tensors (B, ...); the layers decide the rest. `overflows` counts the values of inputs that
+    were out of the range of an integer stream. Raises `RevtrainError` for a layer that is not invertible, one that
+    an integer stream cannot pass, or an unknown `backward`.
     """
 
     observer: Observer | None = None
 
-    def __init__(self, layers: Iterable[InvertibleLayer], backward: str = "invert", reuse_output: bool = False):
+    def __init__(
+        self,
+        layers: Iterable[InvertibleLayer],
+        backward: str = "invert",
+        reuse_output: bool = False,
+        stream: Stream = PLAIN,
+        readout: Readout | None = None,
+    ):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         for index, layer in enumerate(self.layers):
@@ -59,19 +87,42 @@ class InvertibleChain(InvertibleLayer):
                 )
         if backward not in BACKWARDS:
             raise RevtrainError(f"backward={backward!r} is unknown.\nExpected one of: {', '.join(BACKWARDS)}.")
+        for index, layer in enumerate(self.layers):
+            if stream.is_integer and not layer.passes_integers:
+                raise RevtrainError(
+                    f"stream={stream.name} cannot pass layer {index} of the chain, a {type(layer).__name__}.\n"
+                    "Expected couplings and poolings only; use stream=float32 for other layers."
+                )
         self.backward_mode = backward
-        self.reuse_output = reuse_output
+        self.stream, self.readout = stream, readout
+        self.reuse_output = reuse_output or readout is not None
+        if stream.is_integer:
+            self.register_buffer("overflows", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.backward_mode == "store":
             for layer in self.layers:
                 x = layer(x)
-            return x
+            return x if self.readout is None else self.readout(x)
         parameters = list(self.parameters())
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters)):
             return _ChainFunction.apply(x, self, *parameters)
         with torch.no_grad():
-            return self.forward_(_own_copy(x))[0]
+            state, _ = self.forward_(self.encode(x))
+            return self.finish(state)[0]
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x as a state of this chain's stream: a copy that it may overwrite."""
+        state, lost = self.stream.encode(x, self.chunk_bytes)
+        if lost is not None:
+            self.overflows += lost
+        return state
+
+    def finish(self, state: Tensor) -> tuple[Tensor, Any]:
+        """(result, saved) of the last state: the readout's, or else the state itself in floating point."""
+        if self.readout is not None:
+            return self.readout.forward_(state, self.stream)
+        return (state if state.is_floating_point() else self.stream.decode(state)), None
 
     def forward_(self, x: Tensor) -> tuple[Tensor, list[Any]]:
         saved = []
@@ -124,32 +175,41 @@ class _ChainFunction(torch.autograd.Function):
             cache_enabled=False,
         )
         with ctx.autocast():
-            y, ctx.saved = chain.forward_(_own_copy(x))
-        ctx.save_for_backward(y)
-        return y
+            state, ctx.saved = chain.forward_(chain.encode(x))
+            result, ctx.saved_by_readout = chain.finish(state)
+        # As the state; that of an integer one is in 16 bit under autocast.
+        ctx.gradient_dtype = state.dtype if state.is_floating_point() else _compute_dtype(x)
+        ctx.owns_state = chain.reuse_output or result is not state
+        ctx.save_for_backward(state)
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        (y,) = ctx.saved_tensors
-        y = y.detach() if ctx.chain.reuse_output else y.detach().clone()
-        # dy may be shared with other branches of the caller's graph, or be expanded: take a copy to work in.
-        dy = dy.to(y.dtype, copy=True, memory_format=torch.contiguous_format)
-        grads = Gradients(ctx.parameters)
+        (saved_state,) = ctx.saved_tensors
+        chain, grads = ctx.chain, Gradients(ctx.parameters)
+        state = saved_state.detach() if ctx.owns_state else saved_state.detach().clone()
         with ctx.autocast():
-            _, dx = ctx.chain.backward_(y, dy, ctx.saved, grads)
-        dx = dx.to(ctx.input_dtype) if ctx.needs_input_grad[0] else None
+            if chain.readout is None:
+                # dy may be shared with other branches of the caller's graph, or be expanded: a copy to work in.
+                dstate = dy.to(ctx.gradient_dtype, copy=True, memory_format=torch.contiguous_format)
+            else:
+                dstate = chain.readout.backward_(
+                    state, dy, ctx.saved_by_readout, grads, chain.stream, ctx.gradient_dtype
+                )
+            x, dx = chain.backward_(state, dstate, ctx.saved, grads)
+        if not ctx.needs_input_grad[0]:
+            dx = None
+        elif dx.dtype != ctx.input_dtype:  # x has served its purpose: a narrower gradient fits into its storage
+            fits = x.is_contiguous() and x.element_size() >= ctx.input_dtype.itemsize
+            narrow = x.view(-1).view(ctx.input_dtype)[: dx.numel()].view(dx.shape) if fits else None
+            dx = dx.to(ctx.input_dtype) if narrow is None else narrow.copy_(dx)
         return dx, None, *grads.values()
 
 
-def _own_copy(x: Tensor) -> Tensor:
-    """A contiguous copy that the chain may overwrite: the caller's graph may need `x` (a ReLU saves it).
-
-    Under autocast the stream stays in float32: its sums are what the inverse has to undo.
-    """
-    autocast = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.float32 if autocast and x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 @contextmanager

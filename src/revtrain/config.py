@@ -23,6 +23,8 @@ SCHEDULES = ("triangular", "onecycle", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16", "fp16")
 BACKWARDS = ("invert", "store")
 ACTIVATIONS = ("relu", "gelu", "silu", "leaky_relu")  # of arch=chunked
+NORMS = ("input", "hidden")  # of arch=chunked
+STREAMS = ("auto", "plain", "float32", "int32", "int16")
 POOLINGS = ("channel", "batch", "stride")
 MEMORY_UNITS = {"b": 1} | {
     f"{letter}{i}b": base**power
@@ -78,10 +80,16 @@ class Config:
     epsilon_i: float = 0.1  # keeps |gamma| of an invertible BN away from zero (Eq. 23)
     pooling: list[str] = field(default_factory=list)  # one entry between two stages: channel | batch | stride
     residual_scale: float = 1.0  # s in y1 = x1 + s F(x2), of the coupling blocks
-    grid_bits: Optional[int] = 16  # residuals are multiples of 2^-grid_bits, so that float32 sums are exact; null: any
+    stream: str = (
+        "auto"  # number format of the coupling blocks' states; auto: float32, or int16 where precision is 16 bit
+    )
+    grid_bits: Optional[int] = None  # their values are multiples of 2^-grid_bits; null: the stream's own, 16 or 8
     activation: str = "relu"  # of chunked: relu | gelu | silu | leaky_relu
-    expansion: list[float] = field(default_factory=lambda: [1.0])  # of chunked: hidden channels, per stage or for all
-    hidden_chunk: int = 2  # of chunked: hidden channels alive at a time, at full resolution
+    norm: str = "input"  # of chunked: BN before F's first convolution (input) or between the two (hidden)
+    expansion: list[float] = field(
+        default_factory=list
+    )  # of chunked: hidden channels per channel; []: 2, 1, 1/2
+    hidden_chunk: int = 8  # of chunked with norm=hidden: hidden channels alive at a time, at full resolution
     backward: str = "invert"
     chunk_mib: float = 2.0  # scratch of the in-place passes, per temporary
     # optimisation
@@ -181,8 +189,10 @@ def validate(cfg: Any) -> None:
     for entry in cfg.pooling:
         _choice("pooling", entry, POOLINGS, "one entry between two stages, as in pooling=[channel,batch]")
     _number("residual_scale", cfg.residual_scale, above=0)
+    _choice("stream", cfg.stream, STREAMS)
     if cfg.grid_bits is not None:
-        _at_least("grid_bits", cfg.grid_bits, 1, "residuals are rounded to multiples of 2^-grid_bits; null: not at all")
+        _at_least("grid_bits", cfg.grid_bits, 1, "values are multiples of 2^-grid_bits; null: the stream's own")
+    _choice("norm", cfg.norm, NORMS)
     _choice("activation", cfg.activation, ACTIVATIONS)
     _at_least("hidden_chunk", cfg.hidden_chunk, 1, "hidden channels alive at a time in arch=chunked")
     _choice("backward", cfg.backward, BACKWARDS)

@@ -62,10 +62,14 @@ class InvertibleLayer(nn.Module):
     travels as a value, never on `self`, so a recomputation cannot update running statistics twice and one
     layer may be used several times in one graph.
 
-    `chunk_bytes` bounds each temporary of the in-place passes, in bytes.
+    `chunk_bytes` bounds each temporary of the in-place passes, in bytes. `is_pointwise`: the layer works value by
+    value but for statistics, so that computing it again costs next to nothing. `passes_integers`: the lean methods
+    take states of an integer stream, too (see revtrain.stream).
     """
 
     chunk_bytes: int = 2 * MIB
+    is_pointwise: bool = False
+    passes_integers: bool = False
 
     def forward(self, x: Tensor) -> Tensor:
         """y of x by ordinary autograd: the noise-free twin (`backward=store`)."""
@@ -116,9 +120,9 @@ def batch_chunks(x: Tensor, chunk_bytes: int) -> Iterator[slice]:
 
 
 def set_chunk_mib(model: nn.Module, chunk_mib: float) -> None:
-    """Let every invertible layer of `model` use temporaries of at most `chunk_mib` MiB."""
+    """Let every layer of `model` that works in chunks use temporaries of at most `chunk_mib` MiB."""
     for module in model.modules():
-        if isinstance(module, InvertibleLayer):
+        if hasattr(module, "chunk_bytes"):
             module.chunk_bytes = max(1, int(chunk_mib * MIB))
 
 

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.resources import files
 from itertools import islice
 from typing import Any, NamedTuple
@@ -31,11 +32,12 @@ from revtrain.chain import InvertibleChain
 from revtrain.config import REVERSIBLE, parse_memory
 from revtrain.errors import RevtrainError
 from revtrain.invertible import Gradients, InvertibleLayer, batch_chunks
-from revtrain.layers import BatchPooling, ChannelPooling, ChunkedCoupling
+from revtrain.layers import BatchPooling, ChannelPooling, ChunkedCoupling, InvertibleLeakyReLU, Readout
 from revtrain.measure import LiveStorages
 from revtrain.measure.analytic import MemoryModel, analytic_memory
 from revtrain.models import architectures, build_model
 from revtrain.optim import make_optimizer
+from revtrain.stream import Stream
 
 MIB = 2**20
 ROUNDS = 2  # of a loop that are run: in the second one, what the first has left behind is still alive
@@ -82,6 +84,7 @@ class StepPredictor:
     def __init__(self, cfg: Any, classes: int, image_size: int):
         self.image_size = image_size
         self.known: dict[int, Prediction] = {}  # batch -> what was predicted for it
+        self._dtype = devices.DTYPES[cfg.precision]
         self._autocast = lambda: devices.autocast(torch.device("cpu"), cfg.precision)
         self._fake, self._live = FakeTensorMode(), LiveStorages()
         with torch.random.fork_rng([]), self._fake, self._live:
@@ -105,7 +108,7 @@ class StepPredictor:
         with self._fake, _few_rounds(), live, _unburdened_collector():
             self._optimizer.zero_grad(set_to_none=True)
             before = live.live_bytes
-            images = torch.empty(batch, 3, self.image_size, self.image_size)
+            images = torch.empty(batch, 3, self.image_size, self.image_size, dtype=self._dtype)
             labels = torch.empty(batch, dtype=torch.int64)
             live.reset_peak()
             with self._autocast():
@@ -143,6 +146,7 @@ def _without_repeats(model: nn.Module) -> nn.Module:
     """`model` with the same peak memory and far fewer operations; it computes nonsense, so for fake tensors only.
 
     Of equal layers at one resolution the first works: in its backward pass most gradients are there already.
+    Loops end early (see `_few_rounds`); what they put together is then made at its full size.
     """
     for chain in [m for m in model.modules() if isinstance(m, InvertibleChain) and m.backward_mode == "invert"]:
         seen = set()
@@ -158,7 +162,22 @@ def _without_repeats(model: nn.Module) -> nn.Module:
         for function in (coupling.f, coupling.g):
             hidden = function.conv1.out_channels  # what the loop over hidden chunks runs up to
             function.conv1.out_channels = min(hidden, ROUNDS * coupling.hidden_chunk)
+    for module in model.modules():
+        if isinstance(module, Readout):
+            module.forward_ = partial(_all_logits, module)
+        elif isinstance(module, InvertibleLeakyReLU):
+            module.replay_to_walk_back_ = partial(_all_signs, module)
     return model
+
+
+def _all_logits(readout: Readout, state: Tensor, stream: Stream) -> tuple[Tensor, Any]:
+    logits, saved = Readout.forward_(readout, state, stream)
+    return logits.new_empty(state.shape[0] // readout.sub_images, logits.shape[1]), saved
+
+
+def _all_signs(layer: InvertibleLeakyReLU, x: Tensor, saved: None) -> tuple[Tensor, Tensor]:
+    y, signs = InvertibleLeakyReLU.replay_to_walk_back_(layer, x, saved)
+    return y, signs.new_empty(-(-x.numel() // 8))
 
 
 @contextmanager

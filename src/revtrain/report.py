@@ -26,10 +26,11 @@ HYPER_PARAMETERS = (
 )  # fmt: skip
 LINE_KEYS = (
     "epoch", "step", "lr", "loss_train", "loss_test", "accuracy_train", "accuracy_test", "train_images",
-    "train_seconds", "images_per_second", "snr_db", "peak_vram_mib",
+    "train_seconds", "images_per_second", "snr_db", "stream_overflows", "peak_vram_mib",
 )  # fmt: skip
 # the columns of the HParams tab
 KEY_METRICS = ("accuracy/test", "snr_db/min", "memory/bytes_per_pixel")
+EXACT_DB = 320.0  # revtrain.measure.SNR_CEILING_DB: no error at all; named here, too, since that imports torch
 # the custom-scalars tab, so that the dashboard opens on meaning; its tags are regular expressions
 LAYOUT = {
     "revtrain": {
@@ -51,9 +52,10 @@ def new_result(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     `status` is completed, failed, interrupted (Ctrl-C), or planned (`plan=true`: nothing was trained). `plan` is
     what `revtrain.plan.Plan` lists, sizes in bytes, where `plan`, `memory_limit` or `batch=auto` asked for it;
     `config` then holds the number of images that `batch=auto` came to. `snr_db` is {"minimum", "minimum_layer",
-    "layers"} of the last probe, null in store mode. `peak_vram_mib` is {"allocated", "reserved"} over the training
-    steps, null without CUDA. `memory_bytes` takes the peak of one training step apart. `train_seconds` counts
-    training steps only, and includes those of a run that was resumed.
+    "layers"} of the last probe, null in store mode. `stream_overflows` counts the values that left the range of an
+    integer stream since the run was started or resumed; null for other streams. `peak_vram_mib` is {"allocated",
+    "reserved"} over the training steps, null without CUDA. `memory_bytes` takes the peak of one training step apart.
+    `train_seconds` counts training steps only, and includes those of a run that was resumed.
     """
     return {
         "status": "failed",
@@ -66,6 +68,7 @@ def new_result(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         "train_seconds": None,
         "images_per_second": None,
         "snr_db": None,
+        "stream_overflows": None,
         "peak_vram_mib": None,
         "bytes_per_pixel": None,
         "memory_bytes": None,
@@ -209,7 +212,7 @@ class Report:
         accuracy, best = _percent(result["test_accuracy"]), _percent(result["best_test_accuracy"])
         rows = {
             "test accuracy": f"{accuracy} (best {best})",
-            "minimum SNR": f"{snr['minimum']:.1f} dB at {snr['minimum_layer']}" if snr else "not measured",
+            "minimum SNR": _snr(snr),
             "memory": f"{result['bytes_per_pixel']:.1f} bytes per pixel, weights and their gradients apart",
             "peak VRAM": "no CUDA",
             "speed": f"{result['images_per_second']:,.0f} images/s, {result['train_seconds']:,.0f} s in all",
@@ -236,6 +239,7 @@ class Report:
             train_seconds=seconds if trained else None,
             images_per_second=sum(line["train_images"] for line in trained) / seconds if seconds else None,
             snr_db=probed[-1] if probed else None,
+            stream_overflows=self.history[-1].get("stream_overflows"),
             peak_vram_mib={key: max(peak[key] for peak in peaks) for key in peaks[0]} if peaks else None,
         )
 
@@ -247,6 +251,14 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _snr(snr: dict[str, Any] | None) -> str:
+    if snr is None:
+        return "not measured"
+    if snr["minimum"] >= EXACT_DB:
+        return "exact: every layer's input was rebuilt to the last bit"
+    return f"{snr['minimum']:.1f} dB at {snr['minimum_layer']}"
 
 
 def _percent(accuracy: float | None) -> str:

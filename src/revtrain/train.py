@@ -203,6 +203,8 @@ def _fit(
         report.epoch(_line(epoch=0, step=0, snr_db=probe(0)))
     save(start)  # also the first epoch can be interrupted
 
+    overflows = _Overflows(model, cfg)
+
     # ---- the loop --------------------------------------------------------------------------------
     for epoch in range(start + 1, cfg.epochs + 1):
         model.train()
@@ -218,6 +220,7 @@ def _fit(
                 picked = order[step * cfg.batch : (step + 1) * cfg.batch]
                 draws = draw_augmentation(cfg.batch, size, cfg.data.augment, generator)
                 inputs = augment(images[picked].to(device), draws, mean, std, cfg.data.augment)
+                inputs = inputs.to(devices.DTYPES[cfg.precision])  # as the first convolution would
                 targets = labels[picked].to(device)
 
                 lr = rate((epoch - 1) * steps_per_epoch + step)
@@ -249,6 +252,7 @@ def _fit(
         peak = devices.peak_vram_mib(device)
         _check_finite(losses, epoch, cfg)
         _check_weights(model, epoch, cfg)
+        overflows.warn_once(epoch)
 
         # -- after the epoch: test, probe, report, checkpoint
         loss_test, accuracy_test = evaluate(model, data.test, cfg, mean, std, device)
@@ -266,6 +270,7 @@ def _fit(
             train_seconds=seconds,
             images_per_second=trained / seconds,
             snr_db=probe(epoch),
+            stream_overflows=overflows.count() if overflows.applies else None,
             peak_vram_mib=peak,
         )
         report.epoch(line)
@@ -315,7 +320,33 @@ def _summary(line: dict[str, Any], epochs: int) -> str:
     )
 
 
-# ---- errors --------------------------------------------------------------------------------------
+# ---- warnings and errors -------------------------------------------------------------------------
+
+
+class _Overflows:
+    """Values beyond the range of an integer stream: the network went on with a wrong number in their place."""
+
+    def __init__(self, model: nn.Module, cfg: Any):
+        from revtrain.measure import stream_overflows
+
+        self.applies = any(name.endswith("overflows") for name, _ in model.named_buffers())
+        self.by_layer = lambda: stream_overflows(model)
+        self.cfg, self.warned = cfg, False
+
+    def count(self) -> int:
+        return sum(self.by_layer().values())
+
+    def warn_once(self, epoch: int) -> None:
+        layers = self.by_layer() if self.applies and not self.warned else {}
+        if layers:
+            self.warned = True
+            worst = max(layers, key=layers.__getitem__)
+            log.warning(
+                "stream     %d values left the range of the stream by epoch %d, most of them (%d) in %s.\n"
+                "           The network computed with wrong values there. Use stream=int32, a smaller "
+                "residual_scale (now %g), a lower lr, or fewer grid_bits.",
+                sum(layers.values()), epoch, layers[worst], worst, self.cfg.residual_scale,
+            )  # fmt: skip
 
 
 def _check_finite(losses: Tensor, epoch: int, cfg: Any) -> None:

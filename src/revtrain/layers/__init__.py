@@ -4,17 +4,23 @@ InvertibleBatchNorm2d     Eqs. 14, 23      BN with kept statistics and |gamma| +
 InvertibleLeakyReLU       Eq. 24           y = n x for x < 0
 AdditiveCoupling          Eqs. 8, 9        y1 = x1 + F(x2), y2 = x2 + G(y1), any F and G
 CouplingConv2d            section 4.1.3    the same with one convolution each: an invertible convolution
+ChunkedCoupling           not in the paper   wide F and G, a few hidden channels at a time
+PreNorm                   not in the paper   F or G = a per-sample function of BN(x), a few images at a time
 ChannelPooling            Eq. 29a          2x2 pixels into channels
 BatchPooling              Eq. 29c          2x2 pixels into the batch
+Readout                   (no inverse)     from the last state of a chain to the logits
 """
 
 from revtrain.layers.activation import InvertibleLeakyReLU
 from revtrain.layers.batchnorm import InvertibleBatchNorm2d
-from revtrain.layers.chunked import ChunkedCoupling, WideResidual
+from revtrain.layers.chunked import Activation, ChunkedCoupling, WideResidual
 from revtrain.layers.coupling import AdditiveCoupling, CouplingConv2d
 from revtrain.layers.pooling import BatchPooling, ChannelPooling, check_pooling, merge_sub_images
+from revtrain.layers.prenorm import PreNorm
+from revtrain.layers.readout import Readout
 
 __all__ = [
+    "Activation",
     "AdditiveCoupling",
     "BatchPooling",
     "ChannelPooling",
@@ -22,6 +28,8 @@ __all__ = [
     "CouplingConv2d",
     "InvertibleBatchNorm2d",
     "InvertibleLeakyReLU",
+    "PreNorm",
+    "Readout",
     "WideResidual",
     "check_pooling",
     "merge_sub_images",

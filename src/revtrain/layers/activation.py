@@ -20,6 +20,8 @@ class InvertibleLeakyReLU(InvertibleLayer):
     (1 + n^2)(1 + 1/n^2)/4 (Eq. 28c). Raises `RevtrainError` for a slope outside (0, 1].
     """
 
+    is_pointwise = True
+
     def __init__(self, slope: float = 0.2):
         super().__init__()
         if not 0 < slope <= 1:

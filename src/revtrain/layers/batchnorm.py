@@ -36,6 +36,8 @@ class InvertibleBatchNorm2d(InvertibleLayer):
     Raises `RevtrainError` for a negative epsilon_i.
     """
 
+    is_pointwise = True
+
     def __init__(self, channels: int, epsilon_i: float = 0.1, eps: float = 1e-5, momentum: float = 0.1):
         super().__init__()
         if epsilon_i < 0:

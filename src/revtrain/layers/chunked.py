@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from revtrain.errors import RevtrainError
 from revtrain.invertible import Gradients, batch_chunks
 from revtrain.layers.batchnorm import channel_mean
-from revtrain.layers.coupling import AdditiveCoupling, Branch, Residual
+from revtrain.layers.branches import Branch, Residual
+from revtrain.layers.coupling import AdditiveCoupling
+from revtrain.stream import PLAIN, Stream
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -33,6 +35,22 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
 }
+
+
+class Activation(nn.Module):
+    """One of `ACTIVATIONS` by name, element by element. Raises `RevtrainError` for an unknown name."""
+
+    def __init__(self, name: str = "relu"):
+        super().__init__()
+        if name not in ACTIVATIONS:
+            raise RevtrainError(f"activation={name} is unknown.\nExpected one of: {', '.join(ACTIVATIONS)}.")
+        self.name = name
+
+    def extra_repr(self) -> str:
+        return self.name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ACTIVATIONS[self.name](x)
 
 
 class WideResidual(nn.Module):
@@ -44,20 +62,15 @@ class WideResidual(nn.Module):
 
     def __init__(self, channels: int, hidden: int, activation: str = "relu"):
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise RevtrainError(f"activation={activation} is unknown.\nExpected one of: {', '.join(ACTIVATIONS)}.")
         self.conv1 = nn.Conv2d(channels, hidden, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(hidden)
-        self.activation = activation
+        self.activation = Activation(activation)
         self.conv2 = nn.Conv2d(hidden, channels, 3, padding=1, bias=False)
         for conv in (self.conv1, self.conv2):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
 
-    def extra_repr(self) -> str:
-        return f"activation={self.activation}"
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(ACTIVATIONS[self.activation](self.norm(self.conv1(x))))
+        return self.conv2(self.activation(self.norm(self.conv1(x))))
 
 
 class ChunkedCoupling(AdditiveCoupling):
@@ -68,7 +81,7 @@ class ChunkedCoupling(AdditiveCoupling):
         hidden: hidden channels of F and of G; wide costs time, not memory.
         hidden_chunk: k, hidden channels alive at a time in the backward pass (2 k values a pixel).
         activation: relu, gelu, silu or leaky_relu.
-        scale, grid_bits: see `AdditiveCoupling`. The contribution of each chunk is rounded on its own.
+        scale, stream: see `AdditiveCoupling`. The contribution of each chunk is rounded on its own.
 
     Raises `RevtrainError` for odd channels, fewer than one hidden channel or an unknown activation.
     """
@@ -80,7 +93,7 @@ class ChunkedCoupling(AdditiveCoupling):
         hidden_chunk: int = 2,
         activation: str = "relu",
         scale: float = 1.0,
-        grid_bits: int | None = None,
+        stream: Stream = PLAIN,
     ):
         if hidden < 1 or hidden_chunk < 1:
             raise RevtrainError(
@@ -88,11 +101,12 @@ class ChunkedCoupling(AdditiveCoupling):
             )
         half = max(1, channels // 2)
         f, g = (WideResidual(half, hidden, activation) for _ in range(2))
-        super().__init__(channels, f, g, scale=scale, grid_bits=grid_bits)
+        super().__init__(channels, f, g, scale=scale, stream=stream)
         self.hidden_chunk = hidden_chunk
 
     def _branch(self, function: WideResidual) -> Branch:
-        return _HiddenChunks(function, self.residual, self.hidden_chunk, self.chunk_bytes)
+        overflows = getattr(self, "overflows", None)
+        return _HiddenChunks(function, self.residual, self.hidden_chunk, self.chunk_bytes, overflows)
 
 
 class _Statistics(NamedTuple):
@@ -106,8 +120,15 @@ class _Statistics(NamedTuple):
 class _HiddenChunks(Branch):
     """`target` +/- s F(`source`), a few hidden channels at a time; each temporary over a chunk of the batch."""
 
-    def __init__(self, function: WideResidual, residual: Residual, hidden_chunk: int, chunk_bytes: int):
-        self.function, self.residual, self.chunk_bytes = function, residual, chunk_bytes
+    def __init__(
+        self,
+        function: WideResidual,
+        residual: Residual,
+        hidden_chunk: int,
+        chunk_bytes: int,
+        overflows: Tensor | None = None,
+    ):
+        super().__init__(function, residual, chunk_bytes, overflows)
         hidden = function.conv1.out_channels
         self.chunks = [slice(k, min(k + hidden_chunk, hidden)) for k in range(0, hidden, hidden_chunk)]
 
@@ -125,7 +146,7 @@ class _HiddenChunks(Branch):
             mean, variance = _mean_and_variance(z, self.chunk_bytes)
             statistics = _Statistics(mean, (variance + norm.eps).rsqrt(), True)
             self._update_running_statistics(k, mean.flatten(), variance.flatten(), z.numel() // z.shape[1])
-            self._add_output(z, target, k, statistics, sign=1)
+            self._add_output(z, target, k, statistics, 1, self.overflows)
             means.append(mean)
             inverse_deviations.append(statistics.inverse_deviation)
         norm.num_batches_tracked.add_(1)
@@ -159,13 +180,13 @@ class _HiddenChunks(Branch):
         """z = conv1_k(source): (B, k, H, W), in the precision that the convolution computes in."""
         b, _, h, w = source.shape
         weight = self.function.conv1.weight[k]
-        z = source.new_empty((b, weight.shape[0], h, w), dtype=_compute_dtype(source))
+        z = weight.new_empty((b, weight.shape[0], h, w), dtype=_compute_dtype(weight))
         for sl in batch_chunks(source, self.chunk_bytes):
-            z[sl] = F.conv2d(source[sl], weight, padding=1)
+            z[sl] = F.conv2d(self.read(source[sl]), weight, padding=1)
         return z
 
     def _activated(self, z: Tensor, k: slice, statistics: _Statistics) -> Tensor:
-        return ACTIVATIONS[self.function.activation](self._normalised(z, k, statistics))
+        return self.function.activation(self._normalised(z, k, statistics))
 
     def _normalised(self, z: Tensor, k: slice, statistics: _Statistics) -> Tensor:
         """u = gamma (z - mean) / deviation + beta of a few hidden channels, in the precision of z."""
@@ -173,11 +194,11 @@ class _HiddenChunks(Branch):
         u = (z - statistics.mean).mul_(statistics.inverse_deviation * gamma).add_(beta)
         return u.to(z.dtype)
 
-    def _add_output(self, z: Tensor, target: Tensor, k: slice, statistics: _Statistics, sign: int) -> None:
+    def _add_output(self, z, target, k: slice, statistics: _Statistics, sign: int, overflows=None) -> None:
         weight = self.function.conv2.weight[:, k]
         for sl in batch_chunks(target, self.chunk_bytes):
             result = F.conv2d(self._activated(z[sl], k, statistics), weight, padding=1)
-            self.residual.add_(target[sl], result, sign, self.chunk_bytes)
+            self.residual.add_(target[sl], result, sign, self.chunk_bytes, overflows)
 
     def _undo_output(self, source, target, dtarget, k, statistics, dweight2) -> tuple[Tensor, Tensor]:
         """Take the chunk's contribution off `target`; (z, du), and the gradient of conv2's weights."""
@@ -187,7 +208,7 @@ class _HiddenChunks(Branch):
         for sl in batch_chunks(target, self.chunk_bytes):
             u = self._normalised(z[sl], k, statistics).requires_grad_()
             with torch.enable_grad():
-                a = ACTIVATIONS[self.function.activation](u)
+                a = self.function.activation(u)
             held = a.detach()
             self.residual.add_(target[sl], F.conv2d(held, weight, padding=1), -1, self.chunk_bytes)
             da, dweight = _conv_backward(dtarget[sl] * self.residual.scale, held, weight)
@@ -205,7 +226,7 @@ class _HiddenChunks(Branch):
             if statistics.of_batch:
                 zhat = (z[sl] - statistics.mean).mul_(statistics.inverse_deviation)
                 dz = dz.sub_(zhat.mul_(s2 / count).add_(s1 / count).mul_(gain))
-            dx, dweight = _conv_backward(dz, source[sl], weight)
+            dx, dweight = _conv_backward(dz, self.read(source[sl]), weight)
             dsource[sl].add_(dx)
             dweight1[k] += dweight
 

@@ -25,6 +25,8 @@ from revtrain.invertible import Gradients, InvertibleLayer, batch_chunks
 class _PermutingPool(InvertibleLayer):
     """Common part: the permutation is its own gradient's inverse, and runs chunk by chunk in place."""
 
+    passes_integers = True
+
     def _unpool(self, y: Tensor) -> Tensor:
         raise NotImplementedError
 

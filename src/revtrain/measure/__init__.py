@@ -2,11 +2,12 @@
 
 probe_snr             SNR in dB of every reconstructed activation (Eq. 15)
 measure_step_memory   peak live bytes of one training step, without allocating anything
+stream_overflows      how many values left the range of an integer stream
 LiveStorages          the counter behind it, for any code
 """
 
 from revtrain.measure.memory import LiveStorages, StepMemory, measure_step_memory, training_step_memory
-from revtrain.measure.snr import SNR_CEILING_DB, SnrObserver, probe_snr, snr_db
+from revtrain.measure.snr import SNR_CEILING_DB, SnrObserver, probe_snr, snr_db, stream_overflows
 
 __all__ = [
     "SNR_CEILING_DB",
@@ -16,5 +17,6 @@ __all__ = [
     "measure_step_memory",
     "probe_snr",
     "snr_db",
+    "stream_overflows",
     "training_step_memory",
 ]

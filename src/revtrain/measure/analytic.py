@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 from revtrain.errors import RevtrainError
 from revtrain.invertible import MIB
+from revtrain.models.chunked import expansions
 from revtrain.models.hybrid import UNITS_PER_BRANCH
 from revtrain.models.parts import spread_depth
 from revtrain.models.resnet18 import BLOCKS
@@ -537,9 +538,7 @@ def _adding(setting: _Setting, stage: _Stage) -> Term:
 
 
 def _hidden(cfg: Any, stage: _Stage) -> int:
-    expansions = list(cfg.expansion)
-    expansion = expansions[stage.index if len(expansions) > 1 else 0]
-    return max(1, round(expansion * (stage.channels // 2)))
+    return max(1, round(expansions(cfg)[stage.index] * (stage.channels // 2)))
 
 
 # ---------------------------------------------------------------- the blocks of fully invertible trunks

@@ -7,8 +7,7 @@ its last reference is gone. Scratch inside a kernel (a convolution's workspace) 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from revtrain.device import DTYPES
 from revtrain.models import build_model
 from revtrain.optim import make_optimizer
 
@@ -99,12 +99,13 @@ def training_step_memory(
     batch: int,
     image_size: int,
     classes: int = 10,
-    autocast: Callable[[], Any] | None = None,
+    dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> _Peaks:
     """Peak live bytes of the second of two training steps of the model and optimizer that `make` builds.
 
-    Real tensors, or fake ones inside a `FakeTensorMode`. The second step is the typical one: momentum
+    Real tensors, or fake ones inside a `FakeTensorMode`; images come in `dtype`, and a 16-bit one means autocast. The
+    second step is the typical one: momentum
     exists and the gradients of the first are gone.
     """
     counter = LiveStorages()
@@ -115,10 +116,10 @@ def training_step_memory(
         for _ in range(2):
             optimizer.zero_grad(set_to_none=True)
             between = counter.live_bytes
-            images = torch.randn(batch, 3, image_size, image_size, device=device)
+            images = torch.empty(batch, 3, image_size, image_size, device=device, dtype=dtype).normal_()
             labels = torch.zeros(batch, dtype=torch.int64, device=device)
             counter.reset_peak()
-            with autocast() if autocast else _nothing():
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
                 loss = F.cross_entropy(model(images), labels)
             loss.backward()
             forward_backward = counter.peak_bytes
@@ -143,7 +144,7 @@ def measure_step_memory(cfg: Any, classes: int, image_size: int, batch: int) -> 
             return model, make_optimizer(model, cfg)
 
         with FakeTensorMode(), torch.random.fork_rng([]):
-            return training_step_memory(make, size, image_size, classes, _autocast(cfg))
+            return training_step_memory(make, size, image_size, classes, DTYPES[cfg.precision])
 
     half, full = peaks(max(1, batch // 2)), peaks(batch)
     pixels = (batch - max(1, batch // 2)) * image_size**2
@@ -158,13 +159,3 @@ def measure_step_memory(cfg: Any, classes: int, image_size: int, batch: int) -> 
         activation_bytes=max(0, full.forward_backward - fixed),
         bytes_per_pixel=(full.forward_backward - half.forward_backward) / pixels if pixels else 0.0,
     )
-
-
-def _autocast(cfg: Any) -> Callable[[], Any] | None:
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.precision)
-    return None if dtype is None else lambda: torch.autocast("cpu", dtype=dtype)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

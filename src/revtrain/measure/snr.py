@@ -105,3 +105,17 @@ def probe_snr(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, flo
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
     return observer.values
+
+
+def stream_overflows(model: nn.Module) -> dict[str, int]:
+    """How many values left the range of an integer stream so far, layer -> count; only layers where some did.
+
+    The name of a chain itself stands for its input.
+    """
+    names = layer_names(model)
+    counts = {}
+    for path, module in model.named_modules():
+        count = int(getattr(module, "overflows", 0))
+        if count:
+            counts[names.get(module, f"{path} (input)")] = count
+    return counts

@@ -1,7 +1,7 @@
-"""The chunked network: wide residual functions whose hidden channels are never alive all at once.
+"""The chunked network: wide residual functions that are never alive as a whole.
 
 Legend: B batch, c = cfg.width, N = cfg.depth blocks in all, stages separated by cfg.pooling, e = cfg.expansion
-of the stage (hidden channels of F per channel of its input), k = cfg.hidden_chunk, s = cfg.residual_scale.
+of the stage (hidden channels of F per channel of its input; 2, 1, then 1/2 if not given), s = cfg.residual_scale.
 
     images (B, 3, 32, 32)
       stem        conv 3x3                           (B, c, 32, 32)
@@ -10,46 +10,68 @@ of the stage (hidden channels of F per channel of its input), k = cfg.hidden_chu
                   N / 3 x block
                   channel pooling                    (B, 16c, 8, 8)
                   N / 3 x block
-                  BN, LeakyReLU
-      head        mean over pixels, linear           (B, classes)
+      readout     BN, LeakyReLU, mean over pixels, linear   (B, classes)
 
-    F, G:  conv 3x3 (h -> e h), BN, activation, conv 3x3 (e h -> h)  with h half of the stage's channels
+    F, G with h half of the stage's channels:
+      cfg.norm=input    BN, conv 3x3 (h -> e h), activation, conv 3x3 (e h -> h)     over chunks of the batch
+      cfg.norm=hidden   conv 3x3 (h -> e h), BN, activation, conv 3x3 (e h -> h)     over chunks of hidden channels
 
-Alive in the backward pass: the two states, 2c values a pixel, and 2k of a chunk of hidden channels. A stage
-with four times the channels on a quarter of the pixels takes chunks of four times k for the same bytes.
+Alive in the backward pass: the two states, 2c values a pixel, and scratch of one chunk. A chunk of the batch does
+not grow with the batch; one of k = cfg.hidden_chunk hidden channels takes 2k values a pixel, and k is four times
+as large in a stage with four times the channels on a quarter of the pixels, for the same bytes.
 """
 
 from __future__ import annotations
 
+from torch import nn
+
 from revtrain.errors import RevtrainError
-from revtrain.layers import ChunkedCoupling, InvertibleBatchNorm2d, InvertibleLeakyReLU
-from revtrain.models.parts import ReversibleNet, build_reversible
+from revtrain.layers import Activation, AdditiveCoupling, ChunkedCoupling, PreNorm
+from revtrain.models.parts import ReversibleNet, build_reversible, stream_of
+
+
+def residual(channels: int, hidden: int, activation: str) -> PreNorm:
+    """BN, conv, activation, conv: (B, channels, H, W) -> the same shape."""
+    body = nn.Sequential(
+        nn.Conv2d(channels, hidden, 3, padding=1),
+        Activation(activation),
+        nn.Conv2d(hidden, channels, 3, padding=1, bias=False),
+    )
+    for conv in (body[0], body[2]):
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    return PreNorm(channels, body)
+
+
+def expansions(cfg) -> list[float]:
+    """e of every stage: `cfg.expansion`, one number for all, or none for 2, 1, then 1/2.
+
+    Late stages have many channels: narrower functions there keep the weights from exploding.
+    Raises `RevtrainError` for another count, or numbers that are not positive.
+    """
+    stages, given = len(cfg.pooling) + 1, list(cfg.expansion)
+    if not given:
+        return [max(0.5, 2.0 ** (1 - stage)) for stage in range(stages)]
+    found = given * stages if len(given) == 1 else given
+    if len(found) != stages or any(e <= 0 for e in found):
+        raise RevtrainError(
+            f"expansion={given} does not fit {stages} stages (pooling={list(cfg.pooling)}).\n"
+            f"Expected {stages} positive numbers, one for all stages as in expansion=[1], or none: expansion=[]."
+        )
+    return found
 
 
 def build(cfg, classes: int, image_size: int) -> ReversibleNet:
     """`cfg.depth` chunked blocks; see the module's legend."""
-    stages = len(cfg.pooling) + 1
-    expansions = list(cfg.expansion) * (stages if len(cfg.expansion) == 1 else 1)
-    if len(expansions) != stages or any(e <= 0 for e in expansions):
-        raise RevtrainError(
-            f"expansion={list(cfg.expansion)} does not fit {stages} stages (pooling={list(cfg.pooling)}).\n"
-            f"Expected {stages} positive numbers, or one for all stages, e.g. expansion=[1]."
-        )
+    widths = expansions(cfg)
+    stream = stream_of(cfg)
 
     def block(channels: int, stage: int):
         half = channels // 2
-        return [
-            ChunkedCoupling(
-                channels,
-                hidden=max(1, round(expansions[stage] * half)),
-                hidden_chunk=cfg.hidden_chunk * channels // cfg.width,
-                activation=cfg.activation,
-                scale=cfg.residual_scale,
-                grid_bits=cfg.grid_bits,
-            )
-        ]
+        hidden = max(1, round(widths[stage] * half))
+        if cfg.norm == "input":
+            f, g = (residual(half, hidden, cfg.activation) for _ in range(2))
+            return [AdditiveCoupling(channels, f, g, scale=cfg.residual_scale, stream=stream)]
+        chunk = cfg.hidden_chunk * channels // cfg.width
+        return [ChunkedCoupling(channels, hidden, chunk, cfg.activation, scale=cfg.residual_scale, stream=stream)]
 
-    def final(channels: int):
-        return InvertibleBatchNorm2d(channels, cfg.epsilon_i), InvertibleLeakyReLU(cfg.slope)
-
-    return build_reversible(cfg, classes, image_size, block, final)
+    return build_reversible(cfg, classes, image_size, block, stream)

@@ -10,8 +10,7 @@ s = cfg.residual_scale.
                   N / 3 x block
                   channel pooling                    (B, 16c, 8, 8)
                   N / 3 x block
-                  BN, LeakyReLU
-      head        mean over pixels, linear           (B, classes)
+      readout     BN, LeakyReLU, mean over pixels, linear   (B, classes)
 
     F, G:  2 x [ BN, LeakyReLU, coupling conv 3x3 ]  on half of the channels, an invertible chain each
 
@@ -24,7 +23,7 @@ from __future__ import annotations
 from revtrain.chain import InvertibleChain
 from revtrain.errors import RevtrainError
 from revtrain.layers import AdditiveCoupling, CouplingConv2d, InvertibleBatchNorm2d, InvertibleLeakyReLU
-from revtrain.models.parts import ReversibleNet, build_reversible
+from revtrain.models.parts import ReversibleNet, build_reversible, stream_of
 
 UNITS_PER_BRANCH = 2
 
@@ -45,6 +44,8 @@ def build(cfg, classes: int, image_size: int) -> ReversibleNet:
         layers = [layer for _ in range(UNITS_PER_BRANCH) for layer in (*activation(channels), CouplingConv2d(channels))]
         return InvertibleChain(layers, backward=cfg.backward)
 
+    stream = stream_of(cfg)
+
     def block(channels: int, stage: int):
         return [
             AdditiveCoupling(
@@ -52,8 +53,8 @@ def build(cfg, classes: int, image_size: int) -> ReversibleNet:
                 branch(channels // 2),
                 branch(channels // 2),
                 scale=cfg.residual_scale,
-                grid_bits=cfg.grid_bits,
+                stream=stream,
             )
         ]
 
-    return build_reversible(cfg, classes, image_size, block, final=activation)
+    return build_reversible(cfg, classes, image_size, block, stream)

@@ -12,8 +12,7 @@ s = cfg.residual_scale.
                   N / 4 x block
                   channel pooling                    (B, 64c, 4, 4)
                   N / 4 x block
-                  BN, LeakyReLU
-      head        mean over pixels, linear           (B, classes)
+      readout     BN, LeakyReLU, mean over pixels, linear   (B, classes)
 
     F, G:  2 x [ BN, ReLU, conv 3x3 ]  on half of the channels: the two modules of each channel split
 
@@ -26,8 +25,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from revtrain.layers import AdditiveCoupling, InvertibleBatchNorm2d, InvertibleLeakyReLU
-from revtrain.models.parts import ReversibleNet, build_reversible, conv3x3
+from revtrain.layers import AdditiveCoupling
+from revtrain.models.parts import ReversibleNet, build_reversible, conv3x3, stream_of
 
 
 def residual(channels: int) -> nn.Sequential:
@@ -45,6 +44,8 @@ def residual(channels: int) -> nn.Sequential:
 def build(cfg, classes: int, image_size: int) -> ReversibleNet:
     """`cfg.depth` reversible blocks in a fully invertible trunk; see the module's legend."""
 
+    stream = stream_of(cfg)
+
     def block(channels: int, stage: int):
         return [
             AdditiveCoupling(
@@ -52,11 +53,8 @@ def build(cfg, classes: int, image_size: int) -> ReversibleNet:
                 residual(channels // 2),
                 residual(channels // 2),
                 scale=cfg.residual_scale,
-                grid_bits=cfg.grid_bits,
+                stream=stream,
             )
         ]
 
-    def final(channels: int):
-        return InvertibleBatchNorm2d(channels, cfg.epsilon_i), InvertibleLeakyReLU(cfg.slope)
-
-    return build_reversible(cfg, classes, image_size, block, final)
+    return build_reversible(cfg, classes, image_size, block, stream)

@@ -9,7 +9,7 @@ Legend: B batch, c = cfg.width, N = cfg.depth units in all, stages separated by 
                   N / 3 x [ ... ]
                   channel pooling                    (B, 16c, 8, 8)
                   N / 3 x [ ... ]
-      head        mean over pixels, linear           (B, classes)
+      readout     mean over pixels, linear           (B, classes)
 
 With c = 32 and N = 6 the stages are 32, 128 and 512 channels wide. Only the trunk's output survives the
 forward pass; the backward pass lives in that buffer and one gradient of the same size.
@@ -31,4 +31,4 @@ def build(cfg, classes: int, image_size: int) -> ReversibleNet:
             InvertibleLeakyReLU(cfg.slope),
         )
 
-    return build_reversible(cfg, classes, image_size, unit)
+    return build_reversible(cfg, classes, image_size, unit, normalise_last=False)

@@ -1,4 +1,4 @@
-"""What the architectures share: stem, head, the spread of depth over stages, and the reversible net itself."""
+"""What the architectures share: the stem, the spread of depth over stages, and the reversible net itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from revtrain.chain import InvertibleChain
 from revtrain.errors import RevtrainError
 from revtrain.invertible import InvertibleLayer
-from revtrain.layers import BatchPooling, ChannelPooling, check_pooling, merge_sub_images
+from revtrain.layers import BatchPooling, ChannelPooling, Readout, check_pooling
+from revtrain.stream import PLAIN, Stream
 
 
 def spread_depth(depth: int, stages: int) -> list[int]:
@@ -23,32 +24,15 @@ def conv3x3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
 
 
-class Head(nn.Module):
-    """(B * sub_images, C, H, W) -> logits (B, classes): global mean, merge of sub-images, linear.
-
-    The mean is a sum over pixels and a small division, because the gradient of a sum is a broadcast
-    without storage: the chain below is then the only one to hold a gradient of full size.
-    """
-
-    def __init__(self, channels: int, classes: int, sub_images: int = 1):
-        super().__init__()
-        self.sub_images = sub_images
-        self.linear = nn.Linear(channels, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        features = x.sum((2, 3)) / (x.shape[2] * x.shape[3])
-        return self.linear(merge_sub_images(features, self.sub_images))
-
-
 class ReversibleNet(nn.Module):
-    """Stem, one invertible trunk, head: everything from the stem's output to the head's input is rebuilt."""
+    """Stem and one invertible trunk that ends in the readout: all from the stem's output on is rebuilt."""
 
-    def __init__(self, stem: nn.Module, trunk: InvertibleChain, head: Head):
+    def __init__(self, stem: nn.Module, trunk: InvertibleChain):
         super().__init__()
-        self.stem, self.trunk, self.head = stem, trunk, head
+        self.stem, self.trunk = stem, trunk
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.trunk(self.stem(images)))
+        return self.trunk(self.stem(images))
 
 
 def build_reversible(
@@ -56,13 +40,15 @@ def build_reversible(
     classes: int,
     image_size: int,
     unit: Callable[[int, int], Sequence[InvertibleLayer]],
-    final: Callable[[int], Sequence[InvertibleLayer]] = lambda channels: (),
+    stream: Stream = PLAIN,
+    normalise_last: bool = True,
 ) -> ReversibleNet:
     """A fully invertible trunk: `cfg.depth` units over stages that `cfg.pooling` separates.
 
     Args:
         unit: (channels, stage) -> the layers of one repeated unit; stages count from 0.
-        final: channels -> layers between the last unit and the head.
+        stream: the number format of the trunk.
+        normalise_last: whether a BN and a LeakyReLU of slope `cfg.slope` come before the mean over pixels.
 
     Raises `RevtrainError` for an odd width, a pooling entry that is not invertible, or an image size that
     the pooling cannot divide.
@@ -91,6 +77,14 @@ def build_reversible(
                 )
         for _ in range(units):
             layers.extend(unit(channels, stage))
-    layers.extend(final(channels))
-    trunk = InvertibleChain(layers, backward=cfg.backward, reuse_output=True)
-    return ReversibleNet(conv3x3(3, cfg.width), trunk, Head(channels, classes, sub_images))
+    readout = Readout(channels, classes, sub_images, cfg.slope if normalise_last else None)
+    trunk = InvertibleChain(layers, backward=cfg.backward, stream=stream, readout=readout)
+    return ReversibleNet(conv3x3(3, cfg.width), trunk)
+
+
+def stream_of(cfg) -> Stream:
+    """The number format of the couplings' streams: `cfg.stream`, or by precision 32 or 16 bit."""
+    name = cfg.stream
+    if name == "auto":
+        name = "float32" if cfg.precision == "fp32" else "int16"
+    return Stream(name, cfg.grid_bits)

@@ -8,7 +8,7 @@ Legend: B batch, c = cfg.width (64), one stage more than cfg.pooling has entries
       stage 2     2 x BasicBlock, first of stride 2  (B, 2c, 16, 16)
       stage 3     2 x BasicBlock, first of stride 2  (B, 4c, 8, 8)
       stage 4     2 x BasicBlock, first of stride 2  (B, 8c, 4, 4)
-      head        mean over pixels, linear           (B, classes)
+      readout     mean over pixels, linear           (B, classes)
 
 depth=18 has the blocks above, depth=34 has 3, 4, 6 and 3. The blocks are torchvision's; `backward` changes
 nothing here, as there is nothing to invert.
@@ -20,8 +20,8 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 from revtrain.errors import RevtrainError
-from revtrain.layers import check_pooling
-from revtrain.models.parts import Head, conv3x3
+from revtrain.layers import Readout, check_pooling
+from revtrain.models.parts import conv3x3
 from revtrain.models.revnet import down_sampling
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
@@ -47,7 +47,7 @@ def build(cfg, classes: int, image_size: int) -> nn.Sequential:
     model = nn.Sequential(
         nn.Sequential(conv3x3(3, cfg.width), nn.BatchNorm2d(cfg.width), nn.ReLU(inplace=True)),
         nn.Sequential(*stages),
-        Head(channels, classes),
+        Readout(channels, classes),
     )
     for module in model.modules():
         if isinstance(module, nn.Conv2d):  # as torchvision's own ResNet starts

@@ -12,7 +12,7 @@ entries; every entry is "stride"; s = cfg.residual_scale.
       stage 3     N / 4 x block
       down        residual block, stride 2           (B, 8c, 4, 4)
       stage 4     N / 4 x block
-      head        BN, ReLU, mean over pixels, linear (B, classes)
+      readout     BN, ReLU, mean over pixels, linear (B, classes)
 
     F, G:  2 x [ BN, ReLU, conv 3x3 ]  on half of the channels
     down:  torchvision's BasicBlock with a 1x1 convolution on its shortcut
@@ -30,9 +30,9 @@ from torchvision.models.resnet import BasicBlock
 
 from revtrain.chain import InvertibleChain
 from revtrain.errors import RevtrainError
-from revtrain.layers import AdditiveCoupling, check_pooling
+from revtrain.layers import AdditiveCoupling, Readout, check_pooling
 from revtrain.models.irevnet import residual
-from revtrain.models.parts import Head, conv3x3, spread_depth
+from revtrain.models.parts import conv3x3, spread_depth, stream_of
 
 
 class RevNet(nn.Module):
@@ -67,7 +67,7 @@ def build(cfg, classes: int, image_size: int) -> RevNet:
             "Expected only stride entries, e.g. pooling=[stride,stride,stride]; invertible pooling is arch=irevnet."
         )
     check_pooling(cfg.pooling, image_size)
-    channels = cfg.width
+    channels, stream = cfg.width, stream_of(cfg)
     stages: list[nn.Module] = []
     for stage, blocks in enumerate(spread_depth(cfg.depth, len(cfg.pooling) + 1)):
         if stage > 0:
@@ -79,13 +79,14 @@ def build(cfg, classes: int, image_size: int) -> RevNet:
                 InvertibleChain(
                     [
                         AdditiveCoupling(
-                            channels, residual(half), residual(half), scale=cfg.residual_scale, grid_bits=cfg.grid_bits
+                            channels, residual(half), residual(half), scale=cfg.residual_scale, stream=stream
                         )
                         for _ in range(blocks)
                     ],
                     backward=cfg.backward,
+                    stream=stream,
                     reuse_output=True,  # whoever stored it has done its backward pass by then
                 )
             )
-    head = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True), Head(channels, classes))
+    head = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True), Readout(channels, classes))
     return RevNet(conv3x3(3, cfg.width), nn.Sequential(*stages), head)

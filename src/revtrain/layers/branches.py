@@ -1,0 +1,245 @@
+"""The residual functions F and G of a coupling: how each is added to its half, taken off again, and differentiated.
+
+`source` is the half that a function reads, `target` the half that it is added to, both views of the chain's state;
+`dsource` and `dtarget` are the same halves of the gradient. A state may be in fixed point (see revtrain.stream); a
+function always sees floating point.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revtrain.chain import InvertibleChain
+from revtrain.invertible import Gradients, InvertibleLayer, batch_chunks, frozen_running_statistics, stand_ins
+from revtrain.stream import PLAIN, Stream
+
+
+@dataclass(frozen=True)
+class Residual:
+    """What is added to a half: s times a function's result, on the stream's grid."""
+
+    scale: float = 1.0
+    stream: Stream = PLAIN
+
+    def of(self, result: Tensor) -> Tensor:
+        """s `result`, on the grid; differentiable."""
+        scaled = result if self.scale == 1 else self.scale * result
+        if self.stream.bits is not None and scaled.dtype in (torch.float16, torch.bfloat16):
+            scaled = scaled.float()  # the stream's own precision
+        return self.stream.snap(scaled)
+
+    def add_(
+        self, target: Tensor, result: Tensor, sign: int, chunk_bytes: int, overflows: Tensor | None = None
+    ) -> None:
+        """target += sign s `result`, over chunks of the batch; values that leave the range go to `overflows`."""
+        result = result.detach()
+        if target.is_floating_point() and not self.stream.rounds(target):
+            target.add_(result, alpha=sign * self.scale)
+            return
+        for sl in batch_chunks(result, chunk_bytes):
+            scaled = result[sl].float() if result.dtype != torch.float64 else result[sl]
+            lost = self.stream.add_(target[sl], scaled if self.scale == 1 else scaled * self.scale, sign)
+            if overflows is not None and lost is not None:
+                overflows += lost
+
+
+class Branch:
+    """One residual function of a coupling: `target` +/- s function(`source`), and the way back."""
+
+    def __init__(self, function: nn.Module, residual: Residual, chunk_bytes: int, overflows: Tensor | None = None):
+        self.function, self.residual, self.chunk_bytes, self.overflows = function, residual, chunk_bytes, overflows
+
+    def add_(self, source: Tensor, target: Tensor) -> Any:
+        """target += s function(source), for the first time; returns `saved`."""
+        raise NotImplementedError
+
+    def replay_(self, source: Tensor, target: Tensor, saved: Any, sign: int) -> None:
+        """target += sign s function(source), once more."""
+        raise NotImplementedError
+
+    def undo_(
+        self, source: Tensor, target: Tensor, dsource: Tensor, dtarget: Tensor, saved: Any, grads: Gradients
+    ) -> None:
+        """target -= s function(source); dsource += s (d function / d source)^T dtarget."""
+        raise NotImplementedError
+
+    def read(self, source: Tensor) -> Tensor:
+        """`source`, or a part of it, in floating point: a contiguous copy."""
+        return self.residual.stream.decode(source, floating_dtype(self.function))
+
+
+def floating_dtype(function: nn.Module) -> torch.dtype:
+    """The precision of a function's parameters; float32 where it has none."""
+    return next((p.dtype for p in function.parameters() if p.is_floating_point()), torch.float32)
+
+
+class WalkedBackBranch(Branch):
+    """An invertible function: its activations are rebuilt from its output while the gradient passes.
+
+    Its leading pointwise layers are not inverted but computed again, from the true source: that costs no
+    convolution, and their signs need not be kept meanwhile.
+    """
+
+    def add_(self, source: Tensor, target: Tensor) -> Any:
+        result, saved = self.function.forward_(self.read(source))
+        self.residual.add_(target, result, 1, self.chunk_bytes, self.overflows)
+        return saved
+
+    def replay_(self, source: Tensor, target: Tensor, saved: Any, sign: int) -> None:
+        self.residual.add_(target, self.function.replay_(self.read(source), saved), sign, self.chunk_bytes)
+
+    def undo_(self, source, target, dsource, dtarget, saved, grads):
+        is_chain = isinstance(self.function, InvertibleChain)
+        layers = list(zip(self.function.layers, saved, strict=True)) if is_chain else [(self.function, saved)]
+        leading = list(takewhile(lambda entry: entry[0].is_pointwise, layers))
+        rest = layers[len(leading) :]
+        x = self.read(source)
+        for layer, memory in leading:
+            x = layer.replay_(x, memory)
+        x, kept = _replay_to_walk_back(rest, x)
+        self.residual.add_(target, x, -1, self.chunk_bytes)
+        dx = dtarget.clone(memory_format=torch.contiguous_format).mul_(self.residual.scale)
+        x, dx = self._walk_back(kept, x, dx, grads)
+        for sl in batch_chunks(x, self.chunk_bytes):
+            x[sl].copy_(self.read(source[sl]))
+        x, kept = _replay_to_walk_back(leading, x)
+        x, dx = self._walk_back(kept, x, dx, grads)
+        # The rebuilt source is thrown away: `source` itself came through the block's own, quieter inverse.
+        dsource.add_(dx)
+
+    def _walk_back(self, layers: list[tuple[InvertibleLayer, Any]], y, dy, grads) -> tuple[Tensor, Tensor]:
+        observer = getattr(self.function, "observer", None)
+        while layers:
+            layer, memory = layers.pop()
+            y, dy = layer.backward_(y, dy, memory, grads)
+            if observer is not None:
+                observer.on_reconstructed(layer, y)
+        return y, dy
+
+    def read(self, source: Tensor) -> Tensor:
+        # All of the batch at once, so in 16 bit where a 16-bit stream is asked for; normalised values suit float16.
+        if not source.is_floating_point() and torch.is_autocast_enabled(source.device.type):
+            return self.residual.stream.decode(source, torch.float16)
+        return super().read(source)
+
+
+def _replay_to_walk_back(layers: list[tuple[InvertibleLayer, Any]], x: Tensor):
+    """`x` through `layers` once more, and the layers with what each keeps for its way back."""
+    kept = []
+    for layer, memory in layers:
+        x, memory = layer.replay_to_walk_back_(x, memory)
+        kept.append((layer, memory))
+    return x, kept
+
+
+class RecomputedBranch(Branch):
+    """Any module: recomputed from its source and differentiated by autograd, over chunks if it may be."""
+
+    def __init__(self, function, residual, chunk_bytes, overflows=None, per_sample: bool = False):
+        super().__init__(function, residual, chunk_bytes, overflows)
+        self.per_sample = per_sample
+
+    def add_(self, source: Tensor, target: Tensor) -> list[RandomState | None]:
+        saved = []
+        for sl in self._chunks(source):
+            result, state = run_noting_random_state(self.function, self.read(source[sl]))
+            self.residual.add_(target[sl], result, 1, self.chunk_bytes, self.overflows)
+            saved.append(state)
+        return saved
+
+    def replay_(self, source: Tensor, target: Tensor, saved: list[RandomState | None], sign: int) -> None:
+        for sl, state in zip(self._chunks(source), saved, strict=True):
+            with frozen_running_statistics(self.function), random_state(state, source.device):
+                self.residual.add_(target[sl], self.function(self.read(source[sl])), sign, self.chunk_bytes)
+
+    def undo_(self, source, target, dsource, dtarget, saved, grads):
+        parameters = grads.wanted(self.function.parameters())
+        with frozen_running_statistics(self.function), stand_ins(self.function, parameters) as leaves:
+            for sl, state in zip(self._chunks(source), saved, strict=True):
+                leaf = self.read(source[sl]).requires_grad_()
+                dleaf, gradients = undo_chunk(
+                    self.function, self.residual, leaf, target[sl], dtarget[sl], state, leaves, self.chunk_bytes
+                )
+                if dleaf is not None:
+                    dsource[sl].add_(dleaf)
+                del leaf, dleaf
+                while gradients:  # one at a time, so that each is gone before the next chunk
+                    grads.add(parameters[len(gradients) - 1], gradients.pop())
+
+    def _chunks(self, source: Tensor) -> Iterator[slice]:
+        return batch_chunks(source, self.chunk_bytes) if self.per_sample else iter([slice(None)])
+
+
+def undo_chunk(
+    function: nn.Module,
+    residual: Residual,
+    leaf: Tensor,
+    target: Tensor,
+    dtarget: Tensor,
+    state: RandomState | None,
+    leaves: list[Tensor],
+    chunk_bytes: int,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """target -= s function(leaf); the gradients of `leaf` and of `leaves`. Its temporaries end with it."""
+    with torch.enable_grad(), random_state(state, leaf.device):
+        result = function(leaf)
+    residual.add_(target, result, -1, chunk_bytes)
+    dresult = dtarget.to(result.dtype) if residual.scale == 1 else (dtarget * residual.scale).to(result.dtype)
+    # The gradient needs the graph of the result, not its values.
+    end = torch.autograd.graph.get_gradient_edge(result)
+    del result
+    dleaf, *gradients = torch.autograd.grad(end, [leaf, *leaves], dresult, allow_unused=True)
+    return dleaf, gradients
+
+
+# ---- random numbers: dropout inside a function must draw the same mask again ---------------------
+
+RandomState = tuple[Tensor, Tensor | None]
+
+
+def run_noting_random_state(function: nn.Module, x: Tensor) -> tuple[Tensor, RandomState | None]:
+    """function(x), and the state of the generators before it; None where it drew nothing."""
+    before = _random_state(x.device)
+    result = function(x)
+    return result, before if _differs(before, _random_state(x.device)) else None
+
+
+@contextmanager
+def random_state(state: RandomState | None, device: torch.device) -> Iterator[None]:
+    """Run the block with the random numbers of `state`; leave the generators as they were."""
+    if state is None:
+        yield
+        return
+    now = _random_state(device)
+    _set_random_state(state, device)
+    try:
+        yield
+    finally:
+        _set_random_state(now, device)
+
+
+def _random_state(device: torch.device) -> RandomState:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(state: RandomState, device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
+
+
+def _differs(a: RandomState, b: RandomState) -> bool:
+    # Read the bytes themselves: a tensor operation here would be seen, and refused, under fake tensors.
+    return any(x is not None and _bytes(x) != _bytes(y) for x, y in zip(a, b, strict=True))
+
+
+def _bytes(state: Tensor) -> bytes:
+    return ctypes.string_at(state.data_ptr(), state.numel())

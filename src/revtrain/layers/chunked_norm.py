@@ -1,0 +1,110 @@
+"""torch's BatchNorm2d over chunks of the batch, forward and backward, with nothing of full size but what it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from revtrain.invertible import Gradients
+
+
+class Statistics(NamedTuple):
+    """Of a source, kept from the first pass; (C,) each."""
+
+    mean: Tensor
+    variance: Tensor  # biased
+    of_batch: bool  # taken from the batch (training) or from the running statistics (evaluation)
+
+
+class ChunkedNorm:
+    """u = BN(x) of x = read(source), and its gradient.
+
+    With du the gradient of u, xhat the normalised x, N values a channel and gain = gamma / sqrt(var + eps),
+
+        dx = gain du  -  gain (sum(du) + xhat sum(du xhat)) / N
+
+    is linear in two sums: chunk by chunk the first part is added to dx and the sums are gathered; what they take
+    off is pointwise in x and follows in a pass of its own.
+
+    Args:
+        norm: the module with weights and running statistics.
+        source: (B, C, H, W), a state or a part of one.
+        read: a part of the source -> its values in floating point, a copy.
+        chunks: slices over the batch.
+        statistics: of the first pass; None: this is the first pass, which updates the running statistics.
+    """
+
+    def __init__(
+        self,
+        norm: nn.BatchNorm2d,
+        source: Tensor,
+        read: Callable[[Tensor], Tensor],
+        chunks: Iterable[slice],
+        statistics: Statistics | None = None,
+    ):
+        self.norm, self.source, self.read, self.chunks = norm, source, read, list(chunks)
+        self.count = source.numel() // source.shape[1]
+        self.statistics = self._measure() if statistics is None else statistics
+        self._sum_du: Tensor | None = None
+        self._sum_du_x: Tensor | None = None  # of the centred x
+
+    def normalised(self, sl: slice) -> Tensor:
+        """u of a chunk, without a graph."""
+        mean, variance, _ = self.statistics
+        with torch.no_grad():
+            x, norm = self.read(self.source[sl]), self.norm
+            return F.batch_norm(x, mean, variance, norm.weight, norm.bias, eps=norm.eps)
+
+    def add_gradient_(self, dx: Tensor, du: Tensor, sl: slice) -> None:
+        """The first part of the gradient of a chunk: dx[sl] += gain du."""
+        sums = du.sum((0, 2, 3), dtype=self.statistics.mean.dtype)
+        sums_x = self._centred(sl).mul_(du).sum((0, 2, 3))
+        self._sum_du = sums if self._sum_du is None else self._sum_du + sums
+        self._sum_du_x = sums_x if self._sum_du_x is None else self._sum_du_x + sums_x
+        dx[sl].add_(du * _per_channel(self._gain()))
+
+    def finish_(self, dx: Tensor, grads: Gradients) -> None:
+        """The second part, for all chunks; the gradients of gamma and beta."""
+        variance = self.statistics.variance + self.norm.eps
+        if self.statistics.of_batch:  # through the mean and the variance, too
+            slope = self._gain() * self._sum_du_x / (self.count * variance)
+            shift = self._gain() * self._sum_du / self.count
+            for sl in self.chunks:
+                dx[sl].sub_(self._centred(sl).mul_(_per_channel(slope)).add_(_per_channel(shift)))
+        grads.add(self.norm.bias, self._sum_du)
+        grads.add(self.norm.weight, self._sum_du_x * variance.rsqrt())
+
+    def _gain(self) -> Tensor:
+        return self.norm.weight.detach() * (self.statistics.variance + self.norm.eps).rsqrt()
+
+    def _centred(self, sl: slice) -> Tensor:
+        return self.read(self.source[sl]).sub_(_per_channel(self.statistics.mean))
+
+    def _measure(self) -> Statistics:
+        """Of the whole batch, in two passes, in float32 or better."""
+        norm = self.norm
+        if not norm.training:
+            return Statistics(norm.running_mean.clone(), norm.running_var.clone(), False)
+        mean = _add_up([self.read(self.source[sl]).sum((0, 2, 3)) for sl in self.chunks]) / self.count
+        squares = [self.read(self.source[sl]).sub_(_per_channel(mean)).square_().sum((0, 2, 3)) for sl in self.chunks]
+        variance = _add_up(squares) / self.count
+        with torch.no_grad():
+            norm.num_batches_tracked.add_(1)
+            unbiased = variance * (self.count / max(1, self.count - 1))  # as torch keeps it
+            for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+                running.lerp_(new.to(running.dtype), norm.momentum)
+        return Statistics(mean, variance, True)
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    return values.view(1, -1, 1, 1)
+
+
+def _add_up(parts: list[Tensor]) -> Tensor:
+    # The chunks' sums are few and small: adding them in float64 costs nothing (MPS has none).
+    wide = torch.float32 if parts[0].device.type == "mps" else torch.float64
+    return torch.stack(parts).to(wide).sum(0).to(parts[0].dtype)

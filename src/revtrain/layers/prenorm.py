@@ -1,0 +1,89 @@
+"""Batch normalisation in front of a per-sample function: wide residuals that are never alive as a whole.
+
+F(x) = body(BN(x)), where body treats each sample on its own (convolutions, any activation, group norm, ...). Only
+the BN looks at the whole batch, and it looks at x, which the coupling has at hand. Its gradient is linear in two
+sums over the batch (see `ChunkedNorm`), so one pass over chunks of the batch does all the work: it recomputes body,
+takes it off the target, passes the gradient on and collects the sums. Nothing inside F is ever alive but for one
+chunk of the batch, whatever its width and depth, and body is computed once more in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from revtrain.invertible import batch_chunks, stand_ins
+from revtrain.layers.branches import (
+    Branch,
+    RandomState,
+    floating_dtype,
+    random_state,
+    run_noting_random_state,
+    undo_chunk,
+)
+from revtrain.layers.chunked_norm import ChunkedNorm, Statistics
+
+
+class PreNorm(nn.Module):
+    """body(BN(x)), x (B, C, H, W); an ordinary module, which a coupling runs over chunks of the batch.
+
+    Args:
+        channels: C.
+        body: a module from (B, C, H, W) to the same shape that treats each sample on its own: no batch
+            statistics inside. Dropout is replayed exactly.
+    """
+
+    def __init__(self, channels: int, body: nn.Module):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.norm(x))
+
+
+class NormalisedBranch(Branch):
+    """`target` +/- s body(BN(`source`)), one chunk of the batch at a time."""
+
+    def add_(self, source: Tensor, target: Tensor) -> tuple[Statistics, list[RandomState | None]]:
+        norm, states = self._norm(source), []
+        for sl in norm.chunks:
+            result, state = run_noting_random_state(self.function.body, norm.normalised(sl))
+            self.residual.add_(target[sl], result, 1, self.chunk_bytes, self.overflows)
+            states.append(state)
+        return norm.statistics, states
+
+    def replay_(self, source: Tensor, target: Tensor, saved: Any, sign: int) -> None:
+        statistics, states = saved
+        norm = self._norm(source, statistics)
+        for sl, state in zip(norm.chunks, states, strict=True):
+            with random_state(state, source.device):
+                result = self.function.body(norm.normalised(sl))
+            self.residual.add_(target[sl], result, sign, self.chunk_bytes)
+
+    def undo_(self, source, target, dsource, dtarget, saved, grads):
+        statistics, states = saved
+        norm, body = self._norm(source, statistics), self.function.body
+        parameters = grads.wanted(body.parameters())
+        with stand_ins(body, parameters) as leaves:
+            for sl, state in zip(norm.chunks, states, strict=True):
+                leaf = norm.normalised(sl).requires_grad_()
+                du, gradients = undo_chunk(
+                    body, self.residual, leaf, target[sl], dtarget[sl], state, leaves, self.chunk_bytes
+                )
+                del leaf
+                norm.add_gradient_(dsource, du, sl)
+                del du
+                while gradients:  # one at a time, so that each is gone before the next chunk
+                    grads.add(parameters[len(gradients) - 1], gradients.pop())
+        norm.finish_(dsource, grads)
+
+    def _norm(self, source: Tensor, statistics: Statistics | None = None) -> ChunkedNorm:
+        return ChunkedNorm(self.function.norm, source, self.read, self._chunks(source), statistics)
+
+    def _chunks(self, source: Tensor) -> Iterator[slice]:
+        # By the bytes of what the body reads: the stream itself may be narrower.
+        wide = floating_dtype(self.function).itemsize
+        return batch_chunks(source, self.chunk_bytes * source.element_size() // wide)

@@ -1,0 +1,170 @@
+"""The number formats of a residual stream: exact where they promise it, and never silent where they cannot keep it."""
+
+import pytest
+import torch
+from cases import compose, prenorm
+from torch import nn
+
+from revtrain.chain import InvertibleChain
+from revtrain.errors import RevtrainError
+from revtrain.layers import AdditiveCoupling, ChannelPooling, InvertibleLeakyReLU
+from revtrain.measure import probe_snr, stream_overflows
+from revtrain.models import build_model
+from revtrain.stream import STREAMS, Stream
+
+INTEGERS = ["int32", "int16"]
+CHUNK = 2**20
+
+
+def values(scale=1.0, dtype=torch.float32):
+    return scale * torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("name", [*INTEGERS, "float32"])
+def test_values_are_rounded_to_the_grid_and_read_back(name):
+    stream = Stream(name)
+    state, _ = stream.encode(stream.snap(values()), CHUNK)
+    read = stream.decode(state)
+    assert read.dtype == torch.float32
+    assert (read - values()).abs().max() <= 2.0 ** -(stream.bits + 1)
+    assert torch.equal(read * 2**stream.bits, (read * 2**stream.bits).round())
+
+
+@pytest.mark.parametrize(("name", "element_bytes"), [("float32", 4), ("int32", 4), ("int16", 2)])
+def test_a_state_takes_the_bytes_of_its_format(name, element_bytes):
+    assert Stream(name).encode(values(), CHUNK)[0].element_size() == element_bytes
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_sums_are_undone_to_the_last_bit_even_where_they_leave_the_range(name):
+    stream = Stream(name)
+    start, _ = stream.encode(values(), CHUNK)
+    state, lost = start.clone(), 0
+    residuals = [values(scale) for scale in (1.0, 0.7 * stream.range, 3.0, 0.9 * stream.range)]
+    for residual in residuals:
+        lost += int(stream.add_(state, residual))
+    assert lost > 0
+    for residual in reversed(residuals):
+        stream.add_(state, residual, -1)
+    assert torch.equal(state, start)
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_what_leaves_the_range_is_counted_one_by_one(name):
+    stream = Stream(name)
+    inside, outside = stream.range - 1, stream.range + 1
+    state = torch.zeros(1, 1, 1, 6, dtype=stream.dtype)
+    residual = torch.tensor([inside, -inside, outside, -outside, float("nan"), float("inf")]).view(1, 1, 1, 6)
+    assert int(stream.add_(state, residual)) == 4
+    assert stream.decode(state)[..., :2].flatten().tolist() == [inside, -inside]
+    _, lost = stream.encode(residual, CHUNK)
+    assert int(lost) == 4
+
+
+def chain_of(name, blocks=3, scale=0.3):
+    stream = Stream(name)
+    torch.manual_seed(0)
+    layers = [AdditiveCoupling(4, prenorm(2), prenorm(2), scale=scale, stream=stream) for _ in range(blocks)]
+    return InvertibleChain([*layers, ChannelPooling()], stream=stream)
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_an_integer_stream_is_the_same_function_in_both_modes(name):
+    outputs, gradients = [], []
+    for mode in ("invert", "store"):
+        chain = chain_of(name)
+        chain.backward_mode = mode
+        x = values().requires_grad_()
+        y = chain(x)
+        y.square().sum().backward()
+        outputs.append(y.detach())
+        gradients.append([x.grad, *(p.grad for p in chain.parameters())])
+    torch.testing.assert_close(*outputs)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4)
+
+
+def test_overflows_are_counted_where_they_happen():
+    chain = chain_of("int16")
+    chain(values())
+    assert stream_overflows(nn.Sequential(chain)) == {}
+    with torch.no_grad():
+        chain.layers[1].f.body[3].weight.mul_(1e4)
+    chain(values()).sum().backward()  # the way back counts nothing twice
+    counts = stream_overflows(nn.Sequential(chain))
+    assert list(counts) == ["0/01_AdditiveCoupling"]
+    once = counts["0/01_AdditiveCoupling"]
+    chain(values(1e3))
+    after = stream_overflows(nn.Sequential(chain))
+    assert after["0 (input)"] > 0
+    assert after["0/01_AdditiveCoupling"] > once
+
+
+@pytest.mark.parametrize("arch", ["revnet", "irevnet", "hybrid", "chunked"])
+@pytest.mark.parametrize("name", ["float32", *INTEGERS])
+def test_a_hundred_blocks_are_rebuilt_to_the_last_bit_after_a_training_step(arch, name):
+    """Inputs of every block, through the real backward pass, before and after a step of SGD."""
+    width, depth = (8, 100 if name == "int16" else 25) if arch == "hybrid" else (4, 100)
+    cfg = compose(
+        f"arch={arch}", f"width={width}", f"depth={depth}", "pooling=[]", f"stream={name}", "residual_scale=0.2"
+    )
+    model = build_model(cfg, image_size=8)
+    images, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for _ in range(2):
+        inputs = {k: v for k, v in probe_snr(model, images, labels).items() if k.count("/") == 1 or arch == "revnet"}
+        blocks = {k: v for k, v in inputs.items() if k.rpartition("/")[2].endswith("AdditiveCoupling")}
+        assert len(blocks) == depth
+        assert set(blocks.values()) == {320.0}
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_16_bit_streams_hold_states_and_gradients_in_16_bit(precision):
+    model = build_model(compose("arch=chunked", "width=4", "depth=3", f"precision={precision}"))
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    seen = set()
+
+    class Recorder:
+        def on_input(self, layer, x):
+            seen.add(x.dtype)
+
+        def on_reconstructed(self, layer, x):
+            seen.add(x.dtype)
+
+    model.trunk.observer = Recorder()
+    stem = {}
+    model.stem.register_forward_hook(
+        lambda module, images, y: y.register_hook(lambda dy: stem.update(dtype=dy.dtype)) and None
+    )
+    with torch.autocast("cpu", dtype):
+        loss = model(torch.randn(4, 3, 32, 32).to(dtype)).float().square().sum()
+    loss.backward()
+    assert seen == {torch.int16}
+    assert stem["dtype"] == dtype
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_a_plain_stream_stays_in_float32_under_autocast():
+    model = build_model(compose("arch=layerwise", "width=4", "depth=3", "precision=bf16"))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model.trunk.encode(model.stem(torch.randn(2, 3, 32, 32))).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "expected"),
+    [
+        (lambda: Stream("int8"), "int8", ", ".join(STREAMS)),
+        (lambda: Stream("int16", 15), "grid_bits=15", "1 to 14"),
+        (lambda: Stream("plain", 8), "grid_bits=8", "null"),
+        (lambda: InvertibleChain([InvertibleLeakyReLU()], stream=Stream("int16")), "InvertibleLeakyReLU", "float32"),
+    ],
+)
+def test_what_cannot_be_is_refused(make, given, expected):
+    with pytest.raises(RevtrainError) as error:
+        make()
+    assert given in str(error.value)
+    assert expected in str(error.value)

@@ -1,11 +1,13 @@
 """Memory and time of one training step, side by side: revtrain, checkpointing, accumulation, other libraries.
 
     python scripts/benchmark_memory.py                          # everything, tables to docs/figures/
-    python scripts/benchmark_memory.py --cases chain,chunked_k8,memcnn --batch 32 --blocks 4
+    python scripts/benchmark_memory.py --cases chain,chunked,memcnn --batch 32 --blocks 4
+    python scripts/benchmark_memory.py --cases stack --norm hidden --out FOLDER
     pip install -e ".[bench]"                                   # MemCNN, RevTorch and revlib for the comparison
 
 Stack cases: the same network, conv stem -> N reversible blocks -> sum over pixels, linear; the same F and G
-(conv 3x3, BN, ReLU, conv 3x3) with the same weights, trained by a different engine each. Arch cases: the whole
+(--norm input: BN, conv 3x3, ReLU, conv 3x3; --norm hidden: conv 3x3, BN, ReLU, conv 3x3) with the same weights,
+trained by a different engine each. Arch cases: the whole
 networks of revtrain, `invert` and `store`. Every case runs in a process of its own, next to a copy of the same
 network under plain autograd (`store`), which all ratios and errors refer to. Sizes per pixel are slopes between
 half the batch and the batch, so weights, their gradients and constant scratch fall out; see COLUMNS.
@@ -41,16 +43,18 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from revtrain.chain import InvertibleChain
 from revtrain.conf import compose
-from revtrain.device import autocast, choose_device, describe, synchronize
+from revtrain.device import DTYPES, autocast, choose_device, describe, synchronize
 from revtrain.errors import RevtrainError
-from revtrain.layers import AdditiveCoupling, ChunkedCoupling, WideResidual
+from revtrain.layers import AdditiveCoupling, ChunkedCoupling, Readout, WideResidual
 from revtrain.measure import LiveStorages
 from revtrain.models import architectures, build_model
-from revtrain.models.parts import Head, conv3x3
+from revtrain.models.chunked import residual
+from revtrain.models.parts import conv3x3
+from revtrain.stream import PLAIN, Stream
 
 MIB = 2**20
 IMAGE_SIZE, CLASSES = 32, 10
-HIDDEN_CHUNKS = (2, 8, 16, 32)  # of the chunked coupling: fewer hidden channels at a time, less memory, more time
+HIDDEN_CHUNKS = (4, 16)  # with --norm hidden: fewer hidden channels at a time, less memory, more time
 COLUMNS = {
     "live_after_forward": "bytes per pixel alive after the forward pass, as live storages",
     "live_peak": "most bytes per pixel alive at any time of the step, as live storages",
@@ -77,6 +81,7 @@ class Options:
     blocks: int = 8
     channels: int = 32
     hidden: int = 32
+    norm: str = "input"
     width: int = 16
     repeats: int = 7
     precision: str = "fp32"
@@ -94,6 +99,7 @@ class Case:
     make: Callable[[Options], nn.Module]
     reference: Callable[[Options], nn.Module]
     micro_batches: int = 1
+    norms: tuple[str, ...] = ("input", "hidden")  # where F and G may have their BN
     package: str | None = None  # on PyPI, where it is not torch's or ours
     baseline: bool = False  # this is `store` itself
 
@@ -140,16 +146,22 @@ class Stack(nn.Module):
         super().__init__()
         half = options.channels // 2
         self.stem = conv3x3(3, options.channels)
-        self.head = Head(options.channels, CLASSES)
-        self.functions = nn.ModuleList(WideResidual(half, options.hidden) for _ in range(2 * options.blocks))
+        self.head = Readout(options.channels, CLASSES)
+        make = partial(residual, activation="relu") if options.norm == "input" else WideResidual
+        self.functions = nn.ModuleList(make(half, options.hidden) for _ in range(2 * options.blocks))
         self.trunk = trunk(list(zip(self.functions[::2], self.functions[1::2], strict=True)), options)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.trunk(self.stem(images)))
 
 
-def couplings(pairs, options: Options) -> list[nn.Module]:
-    return [AdditiveCoupling(options.channels, f, g) for f, g in pairs]
+def stream_of(options: Options) -> Stream:
+    return PLAIN if options.precision == "fp32" else Stream("int16")
+
+
+def couplings(pairs, options: Options, stream: Stream = PLAIN) -> list[nn.Module]:
+    # In a Sequential F and G are modules like any other: recomputed and differentiated as a whole.
+    return [AdditiveCoupling(options.channels, nn.Sequential(f), nn.Sequential(g), stream=stream) for f, g in pairs]
 
 
 def trunk_store(pairs, options):
@@ -157,14 +169,21 @@ def trunk_store(pairs, options):
 
 
 def trunk_chain(pairs, options):
-    return InvertibleChain(couplings(pairs, options), reuse_output=True)
+    stream = stream_of(options)
+    return InvertibleChain(couplings(pairs, options, stream), stream=stream, reuse_output=True)
 
 
-def trunk_chunked(pairs, options, hidden_chunk):
-    blocks = [ChunkedCoupling(options.channels, options.hidden, hidden_chunk=hidden_chunk) for _ in pairs]
-    for block, (f, g) in zip(blocks, pairs, strict=True):
-        block.f, block.g = f, g
-    return InvertibleChain(blocks, reuse_output=True)
+def trunk_chunked(pairs, options, hidden_chunk=None):
+    """Over chunks of the batch where BN comes first; else of the hidden channels, `hidden_chunk` at a time."""
+    stream, blocks = stream_of(options), []
+    for f, g in pairs:
+        if hidden_chunk is None:
+            blocks.append(AdditiveCoupling(options.channels, f, g, stream=stream))
+        else:
+            block = ChunkedCoupling(options.channels, options.hidden, hidden_chunk=hidden_chunk, stream=stream)
+            block.f, block.g = f, g
+            blocks.append(block)
+    return InvertibleChain(blocks, stream=stream, reuse_output=True)
 
 
 class CheckpointEach(nn.Sequential):
@@ -238,8 +257,14 @@ def all_cases() -> dict[str, Case]:
         stack("revtorch", "RevTorch ReversibleSequence", trunk_revtorch, package="revtorch"),
         stack("revlib", "revlib ReversibleSequential", trunk_revlib, package="revlib"),
         stack("chain", "revtrain AdditiveCoupling", trunk_chain),
+        stack("chunked", "revtrain chunked: PreNorm over chunks of the batch", trunk_chunked, norms=("input",)),
         *(
-            stack(f"chunked_k{k}", f"revtrain ChunkedCoupling, {k} hidden channels at a time", _chunked(k))
+            stack(
+                f"chunked_k{k}",
+                f"revtrain ChunkedCoupling, {k} hidden channels at a time",
+                _chunked(k),
+                norms=("hidden",),
+            )
             for k in HIDDEN_CHUNKS
         ),
     ]
@@ -262,7 +287,7 @@ def draw_batch(options: Options, batch: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(options.seed + 1)
     images = torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
     labels = torch.randint(CLASSES, (batch,), generator=generator)
-    return images.to(options.device), labels.to(options.device)
+    return images.to(options.device, DTYPES[options.precision]), labels.to(options.device)
 
 
 def run_step(
@@ -384,9 +409,10 @@ class ConvolutionCounter(TorchDispatchMode):
 
 def count_convolutions(model: nn.Module, options: Options, micro_batches: int = 1) -> ConvolutionCounter:
     """The convolutions of one step in float32: under autocast the weights would be copies, unknown by storage."""
+    options = replace(options, precision="fp32")
     images, labels = draw_batch(options, options.batch)
     with ConvolutionCounter() as counter:
-        run_step(model, images, labels, replace(options, precision="fp32"), micro_batches)
+        run_step(model, images, labels, options, micro_batches)
     return counter
 
 
@@ -623,7 +649,8 @@ def report(rows: list[Row], options: Options) -> str:
     stack, arch = ([row for row in rows if row.group == group] for group in ("stack", "arch"))
     if stack:
         parts += [
-            f"## The same {options.blocks} reversible blocks, c = {options.channels}, {options.hidden} hidden channels",
+            f"## The same {options.blocks} reversible blocks, c = {options.channels}, {options.hidden} hidden channels, "
+            + ("BN at the input of F and G" if options.norm == "input" else "BN at the hidden channels"),
             markdown_table(stack),
         ]
     if arch:
@@ -672,6 +699,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     }.items():
         default = getattr(defaults, name)
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (%(default)s)")
+    parser.add_argument("--norm", choices=("input", "hidden"), default=defaults.norm, help="BN in F and G (input)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default=defaults.precision)
     parser.add_argument("--device", default=defaults.device, help="cpu, cuda, cuda:1, auto (%(default)s)")
     parser.add_argument("--cases", default="all", help=f"names, or: all, stack, arch. Known: {', '.join(all_cases())}")
@@ -680,8 +708,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def chosen_cases(names: str) -> list[Case]:
-    """The cases called `names` (comma-separated; all, stack and arch stand for many), in the tables' order.
+def chosen_cases(names: str, norm: str = "input") -> list[Case]:
+    """The cases called `names` (comma-separated; all, stack and arch stand for many), in the tables' order; of the
+    groups only those that F and G allow with their BN at `norm`.
 
     Raises `RevtrainError` for a name that does not exist.
     """
@@ -693,7 +722,9 @@ def chosen_cases(names: str) -> list[Case]:
             f"--cases {names}: {', '.join(sorted(unknown)) or 'nothing'} is unknown.\n"
             f"Expected some of: all, stack, arch, {', '.join(cases)}."
         )
-    return [case for case in cases.values() if asked & {"all", case.group, case.name}]
+    return [
+        case for case in cases.values() if case.name in asked or (asked & {"all", case.group} and norm in case.norms)
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -708,7 +739,7 @@ def main(argv: list[str] | None = None) -> int:
         options = Options(
             **{name: getattr(args, name) for name in asdict(Options()) if name != "device"}, device=device
         )
-        cases = chosen_cases(args.cases)
+        cases = chosen_cases(args.cases, options.norm)
     except RevtrainError as error:
         print(error, file=sys.stderr)
         return 2

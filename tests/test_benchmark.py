@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,8 @@ def test_convolutions_in_pieces_count_as_one_pass():
         ("accumulate", [1], [4]),
         ("checkpoint", [1, 2], [2]),  # torch stops early: the last convolution of a block is not repeated
         ("chain", [2], [1]),
-        ("chunked_k2", [2], [1]),
+        ("chunked", [2], [1]),
+        ("chunked_k4", [2], [1]),
         ("memcnn", [3], [3]),
         ("revtorch", [2], [2]),
         ("revlib", [2], [2]),
@@ -97,20 +99,31 @@ def test_forward_passes_and_updates_of_the_engines(name, forwards, updates):
     if case.package:
         with bench.third_party_warnings([]):
             pytest.importorskip(case.package)
-    with bench.third_party_warnings([]):
-        assert bench.forward_passes(case, TINY)[0] == forwards
-        model = case.make(TINY)
-        batch = bench.draw_batch(TINY, TINY.batch)
-        assert bench.bn_updates(model, lambda: bench.run_step(model, *batch, TINY, case.micro_batches)) == updates
+    for norm in case.norms:
+        options = replace(TINY, norm=norm)
+        with bench.third_party_warnings([]):
+            assert bench.forward_passes(case, options)[0] == forwards
+            model = case.make(options)
+            batch = bench.draw_batch(options, options.batch)
+            step = partial(bench.run_step, model, *batch, options, case.micro_batches)
+            assert bench.bn_updates(model, step) == updates
 
 
-@pytest.mark.parametrize("name", ["store", "checkpoint", "checkpoint_sqrt", "chain", "chunked_k2"])
+@pytest.mark.parametrize("name", ["store", "checkpoint", "checkpoint_sqrt", "chain", "chunked", "chunked_k4"])
 def test_engines_compute_the_gradient_of_store(name):
-    model, reference = CASES[name].make(TINY).double(), CASES[name].reference(TINY).double()
-    images, labels = bench.draw_batch(TINY, TINY.batch)
-    for each in (model, reference):
-        bench.run_step(each, images.double(), labels, TINY)
-    assert bench.gradient_errors(model, reference)[-1] < 1e-10
+    for norm in CASES[name].norms:
+        options = replace(TINY, norm=norm)
+        model, reference = CASES[name].make(options).double(), CASES[name].reference(options).double()
+        images, labels = bench.draw_batch(options, options.batch)
+        for each in (model, reference):
+            bench.run_step(each, images.double(), labels, options)
+        assert bench.gradient_errors(model, reference)[-1] < 1e-10
+
+
+def test_cases_fit_where_the_batch_norm_is():
+    names = {norm: {case.name for case in bench.chosen_cases("stack", norm)} for norm in ("input", "hidden")}
+    assert "chunked" in names["input"] - names["hidden"]
+    assert "chunked_k4" in names["hidden"] - names["input"]
 
 
 def test_gradient_errors_see_wrong_and_missing_gradients():

@@ -309,7 +309,9 @@ def test_coupling_on_a_grid_is_inverted_bit_by_bit_at_any_depth(make):
 def test_the_grid_is_the_same_function_in_both_modes():
     def make():
         grid = Stream("float32", grid_bits=12)
-        return InvertibleChain([AdditiveCoupling(4, plain(2), plain(2), scale=0.3, stream=grid) for _ in range(3)])
+        return InvertibleChain(
+            [AdditiveCoupling(4, plain(2), plain(2), scale=0.3, stream=grid) for _ in range(3)], stream=grid
+        )
 
     inverting, storing = twins(make)
     outputs = []

@@ -101,6 +101,7 @@ class InvertibleChain(InvertibleLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.backward_mode == "store":
+            x = self.stream.snap(x)
             for layer in self.layers:
                 x = layer(x)
             return x if self.readout is None else self.readout(x)

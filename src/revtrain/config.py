@@ -86,9 +86,7 @@ class Config:
     grid_bits: Optional[int] = None  # their values are multiples of 2^-grid_bits; null: the stream's own, 16 or 8
     activation: str = "relu"  # of chunked: relu | gelu | silu | leaky_relu
     norm: str = "input"  # of chunked: BN before F's first convolution (input) or between the two (hidden)
-    expansion: list[float] = field(
-        default_factory=list
-    )  # of chunked: hidden channels per channel; []: 2, 1, 1/2
+    expansion: list[float] = field(default_factory=list)  # of chunked: hidden channels per channel; []: 2, 1, 1/2
     hidden_chunk: int = 8  # of chunked with norm=hidden: hidden channels alive at a time, at full resolution
     backward: str = "invert"
     chunk_mib: float = 2.0  # scratch of the in-place passes, per temporary

@@ -79,19 +79,14 @@ class Stream:
         return self.bits is not None and (x.dtype == torch.float32 or (self.is_integer and x.dtype == torch.float64))
 
     def snap(self, x: Tensor) -> Tensor:
-        """Floating-point x on the grid, exactly; its gradient passes as if nothing had been rounded."""
+        """Floating-point x on the grid, exactly; its gradient passes as if nothing had been rounded. A grid needs
+        float32 at least."""
+        x = x if self.bits is None else x.to(_at_least_float32(x.dtype))
         if not self.rounds(x):
             return x
         step = 2.0**self.bits
         snapped = (x.detach() * step).round_().div_(step)
         return snapped + (x - x.detach()) if x.requires_grad else snapped
-
-    def snap_(self, x: Tensor, chunk_bytes: int) -> Tensor:
-        """x (B, ...) put onto the grid in place, over chunks of the batch; an integer x is on it."""
-        if x.is_floating_point() and self.rounds(x):
-            for sl in batch_chunks(x, chunk_bytes):
-                x[sl].copy_(self.snap(x[sl]))
-        return x
 
     def encode(self, x: Tensor, chunk_bytes: int) -> tuple[Tensor, Tensor | None]:
         """x (B, ...) as a state, and how many of its values were out of range, as a tensor () (see `add_`).
@@ -101,7 +96,10 @@ class Stream:
         """
         if not self.is_integer:
             state = x.to(_at_least_float32(x.dtype), copy=True, memory_format=torch.contiguous_format)
-            return self.snap_(state, chunk_bytes), None
+            if self.rounds(state):
+                for sl in batch_chunks(state, chunk_bytes):
+                    state[sl].copy_(self.snap(state[sl]))
+            return state, None
         state = torch.zeros(x.shape, dtype=self.dtype, device=x.device)
         lost = [self.add_(state[sl], x[sl].to(_at_least_float32(x.dtype))) for sl in batch_chunks(x, chunk_bytes)]
         return state, torch.stack(lost).sum()

@@ -31,10 +31,7 @@ class Residual:
 
     def of(self, result: Tensor) -> Tensor:
         """s `result`, on the grid; differentiable."""
-        scaled = result if self.scale == 1 else self.scale * result
-        if self.stream.bits is not None and scaled.dtype in (torch.float16, torch.bfloat16):
-            scaled = scaled.float()  # the stream's own precision
-        return self.stream.snap(scaled)
+        return self.stream.snap(result if self.scale == 1 else self.scale * result)
 
     def add_(
         self, target: Tensor, result: Tensor, sign: int, chunk_bytes: int, overflows: Tensor | None = None
@@ -74,6 +71,10 @@ class Branch:
     def read(self, source: Tensor) -> Tensor:
         """`source`, or a part of it, in floating point: a contiguous copy."""
         return self.residual.stream.decode(source, floating_dtype(self.function))
+
+    def view(self, source: Tensor) -> Tensor:
+        """As `read`, but not to be written to: no copy where the stream is in floating point."""
+        return source if source.is_floating_point() else self.read(source)
 
 
 def floating_dtype(function: nn.Module) -> torch.dtype:

@@ -38,19 +38,22 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Activation(nn.Module):
-    """One of `ACTIVATIONS` by name, element by element. Raises `RevtrainError` for an unknown name."""
+    """One of `ACTIVATIONS` by name, element by element; `inplace` where that is possible.
 
-    def __init__(self, name: str = "relu"):
+    Raises `RevtrainError` for an unknown name.
+    """
+
+    def __init__(self, name: str = "relu", inplace: bool = False):
         super().__init__()
         if name not in ACTIVATIONS:
             raise RevtrainError(f"activation={name} is unknown.\nExpected one of: {', '.join(ACTIVATIONS)}.")
-        self.name = name
+        self.name, self.inplace = name, inplace
 
     def extra_repr(self) -> str:
         return self.name
 
     def forward(self, x: Tensor) -> Tensor:
-        return ACTIVATIONS[self.name](x)
+        return F.relu_(x) if self.inplace and self.name == "relu" else ACTIVATIONS[self.name](x)
 
 
 class WideResidual(nn.Module):

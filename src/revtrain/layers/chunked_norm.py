@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revtrain.invertible import Gradients
@@ -33,7 +32,7 @@ class ChunkedNorm:
     Args:
         norm: the module with weights and running statistics.
         source: (B, C, H, W), a state or a part of one.
-        read: a part of the source -> its values in floating point, a copy.
+        read: a part of the source -> its values in floating point; not written to.
         chunks: slices over the batch.
         statistics: of the first pass; None: this is the first pass, which updates the running statistics.
     """
@@ -53,36 +52,35 @@ class ChunkedNorm:
         self._sum_du_x: Tensor | None = None  # of the centred x
 
     def normalised(self, sl: slice) -> Tensor:
-        """u of a chunk, without a graph."""
+        """u of a chunk, without a graph: one multiplication and one addition a value."""
         mean, variance, _ = self.statistics
         with torch.no_grad():
-            x, norm = self.read(self.source[sl]), self.norm
-            return F.batch_norm(x, mean, variance, norm.weight, norm.bias, eps=norm.eps)
+            scale = self.norm.weight * (variance + self.norm.eps).rsqrt()
+            shift = self.norm.bias - mean * scale
+            return torch.addcmul(_per_channel(shift), self.read(self.source[sl]), _per_channel(scale))
 
     def add_gradient_(self, dx: Tensor, du: Tensor, sl: slice) -> None:
         """The first part of the gradient of a chunk: dx[sl] += gain du."""
         sums = du.sum((0, 2, 3), dtype=self.statistics.mean.dtype)
-        sums_x = self._centred(sl).mul_(du).sum((0, 2, 3))
+        sums_x = (self.read(self.source[sl]) - _per_channel(self.statistics.mean)).mul_(du).sum((0, 2, 3))
         self._sum_du = sums if self._sum_du is None else self._sum_du + sums
         self._sum_du_x = sums_x if self._sum_du_x is None else self._sum_du_x + sums_x
-        dx[sl].add_(du * _per_channel(self._gain()))
+        add_product_(dx[sl], du, _per_channel(self._gain()))
 
     def finish_(self, dx: Tensor, grads: Gradients) -> None:
         """The second part, for all chunks; the gradients of gamma and beta."""
-        variance = self.statistics.variance + self.norm.eps
+        mean, variance = self.statistics.mean, self.statistics.variance + self.norm.eps
         if self.statistics.of_batch:  # through the mean and the variance, too
             slope = self._gain() * self._sum_du_x / (self.count * variance)
-            shift = self._gain() * self._sum_du / self.count
+            shift = self._gain() * self._sum_du / self.count - slope * mean
             for sl in self.chunks:
-                dx[sl].sub_(self._centred(sl).mul_(_per_channel(slope)).add_(_per_channel(shift)))
+                add_product_(dx[sl], self.read(self.source[sl]), _per_channel(-slope))
+                dx[sl].sub_(_per_channel(shift))
         grads.add(self.norm.bias, self._sum_du)
         grads.add(self.norm.weight, self._sum_du_x * variance.rsqrt())
 
     def _gain(self) -> Tensor:
         return self.norm.weight.detach() * (self.statistics.variance + self.norm.eps).rsqrt()
-
-    def _centred(self, sl: slice) -> Tensor:
-        return self.read(self.source[sl]).sub_(_per_channel(self.statistics.mean))
 
     def _measure(self) -> Statistics:
         """Of the whole batch, in two passes, in float32 or better."""
@@ -90,7 +88,7 @@ class ChunkedNorm:
         if not norm.training:
             return Statistics(norm.running_mean.clone(), norm.running_var.clone(), False)
         mean = _add_up([self.read(self.source[sl]).sum((0, 2, 3)) for sl in self.chunks]) / self.count
-        squares = [self.read(self.source[sl]).sub_(_per_channel(mean)).square_().sum((0, 2, 3)) for sl in self.chunks]
+        squares = [(self.read(self.source[sl]) - _per_channel(mean)).square_().sum((0, 2, 3)) for sl in self.chunks]
         variance = _add_up(squares) / self.count
         with torch.no_grad():
             norm.num_batches_tracked.add_(1)
@@ -98,6 +96,14 @@ class ChunkedNorm:
             for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
                 running.lerp_(new.to(running.dtype), norm.momentum)
         return Statistics(mean, variance, True)
+
+
+def add_product_(target: Tensor, values: Tensor, factor: Tensor) -> None:
+    """target += factor values, in one pass where all are of one precision."""
+    if target.dtype == values.dtype:
+        target.addcmul_(values, factor.to(values.dtype))
+    else:
+        target.add_(values * factor)
 
 
 def _per_channel(values: Tensor) -> Tensor:

@@ -33,8 +33,8 @@ class AdditiveCoupling(InvertibleLayer):
         per_sample: f and g treat each sample on its own (no batch statistics), so the backward pass may
             run over chunks of the batch.
         scale: s in y1 = x1 + s F(x2), y2 = x2 + s G(y1).
-        stream: the number format of x and y. On a grid (any but plain) the inverse is exact at any depth; an
-            integer one needs a chain of the same stream around it.
+        stream: the number format of x and y. On a grid (any but plain) the inverse is exact at any depth; the chain
+            around it must be of the same stream.
 
     `overflows` counts the values that left the range of an integer stream in forward passes.
     Raises `RevtrainError` for an odd number of channels.
@@ -66,39 +66,35 @@ class AdditiveCoupling(InvertibleLayer):
         return f"{self.channels}, {self.residual}"
 
     def forward(self, x: Tensor) -> Tensor:
-        x1, x2 = self.residual.stream.snap(x).chunk(2, dim=1)
+        x1, x2 = x.chunk(2, dim=1)
         # Contiguous as in the lean form: some kernels round differently on a strided half.
         y1 = x1 + self.residual.of(self.f(x2.contiguous()))
         y2 = x2 + self.residual.of(self.g(y1))
         return torch.cat([y1, y2], dim=1)
 
     def forward_(self, x: Tensor) -> tuple[Tensor, Any]:
-        x1, x2 = self._halves(self._snap_(x))
+        x1, x2 = self._halves(x)
         saved_f = self._branch(self.f).add_(x2, x1)
         saved_g = self._branch(self.g).add_(x1, x2)
         return x, (saved_f, saved_g)
 
     def replay_(self, x: Tensor, saved: Any) -> Tensor:
-        x1, x2 = self._halves(self._snap_(x))
+        x1, x2 = self._halves(x)
         self._branch(self.f).replay_(x2, x1, saved[0], sign=1)
         self._branch(self.g).replay_(x1, x2, saved[1], sign=1)
         return x
 
     def inverse_(self, y: Tensor, saved: Any) -> Tensor:
-        y1, y2 = self._halves(self._snap_(y))
+        y1, y2 = self._halves(y)
         self._branch(self.g).replay_(y1, y2, saved[1], sign=-1)
         self._branch(self.f).replay_(y2, y1, saved[0], sign=-1)
         return y
 
     def backward_(self, y: Tensor, dy: Tensor, saved: Any, grads: Gradients) -> tuple[Tensor, Tensor]:
-        (y1, y2), (dy1, dy2) = self._halves(self._snap_(y)), self._halves(dy)
+        (y1, y2), (dy1, dy2) = self._halves(y), self._halves(dy)
         self._branch(self.g).undo_(y1, y2, dy1, dy2, saved[1], grads)  # y2 becomes x2; dy1 is complete
         self._branch(self.f).undo_(y2, y1, dy2, dy1, saved[0], grads)  # y1 becomes x1; dy2 is complete
         return y, dy
-
-    def _snap_(self, x: Tensor) -> Tensor:
-        # On the way back this also removes the small error that a layer above may have left.
-        return self.residual.stream.snap_(x, self.chunk_bytes)
 
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
         # Views of one buffer: the two halves are never copied apart or joined again.

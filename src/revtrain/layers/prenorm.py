@@ -81,7 +81,7 @@ class NormalisedBranch(Branch):
         norm.finish_(dsource, grads)
 
     def _norm(self, source: Tensor, statistics: Statistics | None = None) -> ChunkedNorm:
-        return ChunkedNorm(self.function.norm, source, self.read, self._chunks(source), statistics)
+        return ChunkedNorm(self.function.norm, source, self.view, self._chunks(source), statistics)
 
     def _chunks(self, source: Tensor) -> Iterator[slice]:
         # By the bytes of what the body reads: the stream itself may be narrower.

@@ -79,7 +79,7 @@ class Readout(nn.Module):
 
     def _inputs(self, state: Tensor, stream: Stream, saved: Any = None) -> ChunkedNorm | _NoNorm:
         def read(part: Tensor) -> Tensor:
-            return stream.decode(part, self.linear.weight.dtype)
+            return part if part.is_floating_point() else stream.decode(part, self.linear.weight.dtype)
 
         chunks = self._chunks(state)
         return _NoNorm(state, read, chunks) if self.norm is None else ChunkedNorm(self.norm, state, read, chunks, saved)
@@ -99,7 +99,7 @@ class _NoNorm:
         self.source, self.read, self.chunks = source, read, list(chunks)
 
     def normalised(self, sl: slice) -> Tensor:
-        return self.read(self.source[sl])
+        return self.read(self.source[sl]).detach()
 
     def add_gradient_(self, dx: Tensor, du: Tensor, sl: slice) -> None:
         dx[sl].add_(du)

@@ -34,7 +34,7 @@ def residual(channels: int, hidden: int, activation: str) -> PreNorm:
     """BN, conv, activation, conv: (B, channels, H, W) -> the same shape."""
     body = nn.Sequential(
         nn.Conv2d(channels, hidden, 3, padding=1),
-        Activation(activation),
+        Activation(activation, inplace=True),
         nn.Conv2d(hidden, channels, 3, padding=1, bias=False),
     )
     for conv in (body[0], body[2]):

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from revtrain.invertible import Gradients
+from revtrain.invertible import Gradients, batch_chunks
 
 
 class Statistics(NamedTuple):
@@ -96,6 +97,33 @@ class ChunkedNorm:
             for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
                 running.lerp_(new.to(running.dtype), norm.momentum)
         return Statistics(mean, variance, True)
+
+
+def normalise(x: Tensor, norm: nn.BatchNorm2d, chunk_bytes: int) -> Tensor:
+    """`norm(x)` by ordinary autograd, to the bit what a `ChunkedNorm` over chunks of `chunk_bytes` computes.
+
+    The two backward modes are then one function to the last bit: one of a different rounding would cross other kinks of
+    the activations, which changes gradients by more than rounding does.
+    """
+    return _Normalise.apply(x, norm.weight, norm.bias, norm, chunk_bytes)
+
+
+class _Normalise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d, chunk_bytes: int) -> Tensor:
+        chunked = ChunkedNorm(norm, x, lambda part: part, batch_chunks(x, chunk_bytes))
+        ctx.statistics, ctx.eps = chunked.statistics, norm.eps
+        ctx.save_for_backward(x, weight)
+        return chunked.normalised(slice(None))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, du: Tensor):
+        (x, weight), (mean, variance, of_batch) = ctx.saved_tensors, ctx.statistics
+        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+            du, x, weight, mean, variance, mean, (variance + ctx.eps).rsqrt(), of_batch, ctx.eps, [True, True, True]
+        )
+        return dx, dweight, dbias, None, None
 
 
 def add_product_(target: Tensor, values: Tensor, factor: Tensor) -> None:

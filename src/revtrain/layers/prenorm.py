@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from revtrain.invertible import batch_chunks, stand_ins
+from revtrain.invertible import MIB, batch_chunks, stand_ins
 from revtrain.layers.branches import (
     Branch,
     RandomState,
@@ -23,7 +23,7 @@ from revtrain.layers.branches import (
     run_noting_random_state,
     undo_chunk,
 )
-from revtrain.layers.chunked_norm import ChunkedNorm, Statistics
+from revtrain.layers.chunked_norm import ChunkedNorm, Statistics, normalise
 
 
 class PreNorm(nn.Module):
@@ -35,13 +35,15 @@ class PreNorm(nn.Module):
             statistics inside. Dropout is replayed exactly.
     """
 
+    chunk_bytes: int = 2 * MIB
+
     def __init__(self, channels: int, body: nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm2d(channels)
         self.body = body
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.body(self.norm(x))
+        return self.body(normalise(x, self.norm, self.chunk_bytes))
 
 
 class NormalisedBranch(Branch):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revtrain.invertible import MIB, Gradients, batch_chunks, stand_ins
-from revtrain.layers.chunked_norm import ChunkedNorm
+from revtrain.layers.chunked_norm import ChunkedNorm, normalise
 from revtrain.layers.pooling import merge_sub_images
 from revtrain.stream import PLAIN, Stream
 
@@ -41,7 +41,7 @@ class Readout(nn.Module):
         return f"sub_images={self.sub_images}, slope={self.slope}"
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._logits(self._features(x if self.norm is None else self.norm(x)))
+        return self._logits(self._features(x if self.norm is None else normalise(x, self.norm, self.chunk_bytes)))
 
     def forward_(self, state: Tensor, stream: Stream = PLAIN) -> tuple[Tensor, Any]:
         """(logits, saved) of a chain's state, which is not changed; updates running statistics."""

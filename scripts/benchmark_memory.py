@@ -490,6 +490,29 @@ def time_steps(
     return statistics.median(times[0]), statistics.median(times[1]), ratio
 
 
+def time_in_turn(cases: list[Case], options: Options) -> list[tuple[Case, float, float]]:
+    """(case, median seconds of a step, median ratio to the first case): all in this process, a step each in turn.
+
+    What the machine does besides then hits all alike: the fairest comparison of times, if not of memory.
+    """
+    device = torch.device(options.device)
+    images, labels = draw_batch(options, options.batch)
+    steps = [partial(run_step, case.make(options), images, labels, options, case.micro_batches) for case in cases]
+    times: list[list[float]] = [[] for _ in cases]
+    for index in range(options.repeats + 1):  # the first round warms up
+        for step, found in zip(steps, times, strict=True):
+            synchronize(device)
+            start = time.perf_counter()
+            step()
+            synchronize(device)
+            if index:
+                found.append(time.perf_counter() - start)
+    return [
+        (case, statistics.median(found), statistics.median(a / b for a, b in zip(found, times[0], strict=True)))
+        for case, found in zip(cases, times, strict=True)
+    ]
+
+
 def measure(case: Case, options: Options) -> Row:
     """Everything about one case, in this process."""
     row = Row(case.name, case.group, case.label)
@@ -649,8 +672,8 @@ def report(rows: list[Row], options: Options) -> str:
     stack, arch = ([row for row in rows if row.group == group] for group in ("stack", "arch"))
     if stack:
         parts += [
-            f"## The same {options.blocks} reversible blocks, c = {options.channels}, {options.hidden} hidden channels, "
-            + ("BN at the input of F and G" if options.norm == "input" else "BN at the hidden channels"),
+            f"## The same {options.blocks} reversible blocks, c = {options.channels}, {options.hidden} hidden, "
+            + ("BN at the input" if options.norm == "input" else "BN at the hidden channels"),
             markdown_table(stack),
         ]
     if arch:
@@ -704,6 +727,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default=defaults.device, help="cpu, cuda, cuda:1, auto (%(default)s)")
     parser.add_argument("--cases", default="all", help=f"names, or: all, stack, arch. Known: {', '.join(all_cases())}")
     parser.add_argument("--out", type=Path, default=Path("docs/figures"), help="folder of the tables (%(default)s)")
+    parser.add_argument("--times", action="store_true", help="only time the cases, in turn in one process")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -743,6 +767,13 @@ def main(argv: list[str] | None = None) -> int:
     except RevtrainError as error:
         print(error, file=sys.stderr)
         return 2
+    if args.times:
+        with third_party_warnings([]):
+            timed = time_in_turn([case for case in cases if not missing_package(case)], options)
+        print(
+            "\n".join(f"{case.label:<52} {seconds:7.3f} s  {ratio:.3f} x the first" for case, seconds, ratio in timed)
+        )
+        return 0
     rows = []
     for case in cases:
         print(f"[{len(rows) + 1}/{len(cases)}] {case.label} ...", end=" ", flush=True)

@@ -3,16 +3,15 @@
     python scripts/memory_figures.py                         # all, into docs/figures/memory_<arch>.png and .svg
     python scripts/memory_figures.py --arch hybrid width=16 precision=bf16
 
-Above: the network from input to loss as a row of modules. A bar shows what is alive while the backward pass of that
-module runs, after the closed forms: what earlier modules keep, what this one keeps, what lives only inside it, and
-gradients. Below: the live bytes over a whole training step, counted under fake tensors.
+Above: the network from input to loss as a row of modules. A bar shows what is alive while that module is at work, at
+the moment when that is most, after the closed forms: what earlier modules keep, what this one keeps, what lives only
+inside it, and gradients. Below: live storages over a whole training step, counted under fake tensors.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,14 @@ from matplotlib.figure import Figure
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from revtrain.conf import compose
+from revtrain.device import DTYPES
 from revtrain.measure import LiveStorages
 from revtrain.measure.analytic import MemoryModel, Module, Moment, analytic_memory
 from revtrain.models import architectures, build_model
 from revtrain.optim import make_optimizer
 
 CLASSES = 10
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+MIB = 2**20
 # what a bar is made of, from the bottom; colours that also differ in grey and for the colour-blind
 PARTS = {
     "images": "#b8b8b8",
@@ -71,12 +71,13 @@ def parts_of(moment: Moment, module: Module, earlier: set[str]) -> dict[str, flo
 
 
 def draw_modules(axes: Axes, model: MemoryModel) -> None:
-    """A bar for each module, and the two bottlenecks marked at the one that peaks."""
-    backward = [moment for moment in model.moments if moment.name.startswith("backward")]
+    """A bar for each module at its worst moment, and the two bottlenecks marked at the one that peaks."""
     kept: set[str] = set()
-    bars = []
-    for module, moment in zip(model.modules, backward, strict=True):
-        bars.append(parts_of(moment, module, kept))
+    bars, forward = [], []
+    for index, module in enumerate(model.modules):
+        worst = max((m for m in model.moments if m.module == index), key=lambda moment: moment.bytes_per_pixel)
+        bars.append(parts_of(worst, module, kept))
+        forward.append(worst.phase == "forward")
         kept |= {term.name for term in module.stored}
     bottoms = [0.0] * len(bars)
     for part, colour in PARTS.items():
@@ -86,48 +87,39 @@ def draw_modules(axes: Axes, model: MemoryModel) -> None:
                 range(len(bars)), heights, 0.78, bottoms, color=colour, edgecolor="white", linewidth=0.4, label=part
             )
         bottoms = [a + b for a, b in zip(bottoms, heights, strict=True)]
-    top = max(*bottoms, model.bytes_per_pixel)
-    _mark_forward(axes, model, bottoms)
-    _mark_bottlenecks(axes, bars, bottoms.index(max(bottoms)), top)
+    _mark_forward(axes, [(x, high) for x, high in enumerate(bottoms) if forward[x]])
+    _mark_bottlenecks(axes, bars, bottoms.index(max(bottoms)))
     axes.set_xticks(range(len(bars)), [_short(module.name) for module in model.modules], fontsize=8.5)
     axes.set_xlim(-0.6, 1.24 * len(bars) - 0.4)
-    axes.set_ylim(0, 1.3 * top)
+    axes.set_ylim(0, 1.32 * max(bottoms))
     axes.set_ylabel("bytes per input pixel")
     axes.set_xlabel("modules from the input (left) to the loss (right)", loc="left")
-    axes.set_title("Alive while the backward pass of a module runs (closed form)", fontsize=11, loc="left")
+    axes.set_title("Alive while a module is at work, at its worst moment (closed form)", fontsize=11, loc="left")
     axes.legend(fontsize=9, loc="upper left", ncols=3, frameon=False, handlelength=1, columnspacing=1.2)
 
 
-def _mark_forward(axes: Axes, model: MemoryModel, bottoms: list[float]) -> None:
-    """Where the forward pass needs more than the backward pass of the same module: a dashed outline."""
-    label = "in its forward pass"
-    for moment in model.moments:
-        height = moment.bytes_per_pixel
-        if moment.name.startswith("forward") and height > bottoms[moment.module]:
-            axes.bar(
-                moment.module, height, 0.78, fill=False, edgecolor="black", linestyle="--", linewidth=1, label=label
-            )
-            label = None
-            if moment is model.peak:
-                _write_peak(axes, moment.module, height)
+def _mark_forward(axes: Axes, tops: list[tuple[int, float]]) -> None:
+    """A dashed outline around the bars that show a moment of the forward pass."""
+    if tops:
+        places, heights = zip(*tops, strict=True)
+        axes.bar(
+            places, heights, 0.78, fill=False, edgecolor="black", linestyle="--", linewidth=1,
+            label="dashed: in its forward pass",
+        )  # fmt: skip
 
 
-def _write_peak(axes: Axes, x: float, height: float) -> None:
-    axes.annotate(
-        f"peak {height:.0f}", (x, height), (0, 4), textcoords="offset points", ha="center", fontsize=10, weight="bold"
-    )
-
-
-def _mark_bottlenecks(axes: Axes, bars: list[dict[str, float]], peak: int, top: float) -> None:
+def _mark_bottlenecks(axes: Axes, bars: list[dict[str, float]], peak: int) -> None:
     """Right of the bars: what the highest of them is made of, as global and local bottleneck and gradients."""
     bar = bars[peak]
+    top = sum(bar.values())
+    axes.annotate(
+        f"peak {top:.0f}", (peak, top), (0, 4), textcoords="offset points", ha="center", fontsize=10, weight="bold"
+    )
     sizes = {
         "global\nbottleneck": (sum(bar[part] for part in KEPT), "#08519c"),
         "local\nbottleneck": (bar["alive only inside"], "#d95f02"),
         "gradients": (bar["gradients"], "#cb181d"),
     }
-    if sum(bar.values()) >= 0.999 * top:
-        _write_peak(axes, peak, sum(bar.values()))
     x, low, written = len(bars) - 0.35, 0.0, -1.0
     for name, (size, colour) in sizes.items():
         high = low + size
@@ -143,46 +135,40 @@ def _mark_bottlenecks(axes: Axes, bars: list[dict[str, float]], peak: int, top: 
 
 def _short(name: str) -> str:
     """`stage 1, block 2` -> `stage 1`, `block 2` below it."""
-    return name.replace(", ", "\n").replace(" pooling", "\npool").replace("BN\nLeakyReLU", "BN,\nLReLU")
+    return name.replace(", ", "\n").replace(" pooling", "\npool")
 
 
 # ---------------------------------------------------------------- the timeline
 
 
-@dataclass(frozen=True)
-class Timeline:
-    """Live bytes after each operation of a step, as bytes per pixel and as bytes whatever the batch."""
-
-    per_pixel: list[float]
-    fixed: list[float]
-    ends: dict[str, int]  # phase -> index after its last operation
-    chunks: int  # the share of scratch; 0: there is none
-
-
 class Timed(LiveStorages):
-    """Live bytes after each operation that allocates: the same row of operations at every batch."""
+    """Live bytes after each operation."""
 
     def __init__(self) -> None:
         super().__init__()
         self.after: list[int] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        before = self.live_bytes
         result = super().__torch_dispatch__(function, types, args, kwargs)
-        self.after.append(max(before, self.live_bytes))
+        self.after.append(self.live_bytes)
         return result
 
 
-def record(cfg: Any, image_size: int, batch: int) -> tuple[list[int], dict[str, int]]:
-    """Live bytes after each operation of a training step under fake tensors, and where its phases end."""
+def record(cfg: Any, image_size: int, batch: int) -> tuple[list[float], dict[str, int]]:
+    """Live MiB after each operation of the second of two training steps, and where its phases end."""
+    dtype = DTYPES[cfg.precision]
     with FakeTensorMode(), torch.random.fork_rng([]), Timed() as counter:
         model = build_model(cfg, CLASSES, image_size).train()
         optimizer = make_optimizer(model, cfg)
+        for parameter in model.parameters():  # the first step only makes the momentum
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        images = torch.empty(batch, 3, image_size, image_size, dtype=dtype).normal_()
+        labels = torch.zeros(batch, dtype=torch.int64)
         counter.after.clear()
         ends = {}
-        images = torch.randn(batch, 3, image_size, image_size)
-        labels = torch.zeros(batch, dtype=torch.int64)
-        with torch.autocast("cpu", dtype=DTYPES.get(cfg.precision), enabled=cfg.precision != "fp32"):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             loss = F.cross_entropy(model(images), labels)
         ends["forward"] = len(counter.after)
         loss.backward()
@@ -190,76 +176,57 @@ def record(cfg: Any, image_size: int, batch: int) -> tuple[list[int], dict[str, 
         del images, labels, loss
         optimizer.step()
         ends["optimizer"] = len(counter.after)
-        return list(counter.after), ends
+        return [live / MIB for live in counter.after], ends
 
 
-def timeline(overrides: list[str], image_size: int, batch: int, chunks: int) -> Timeline:
-    """Two recordings, one at twice the batch, give at each operation what grows with the batch and what does not.
-
-    The scratch of a chunk doubles along, so that both runs do the same operations; with `chunks` of them in the
-    stem's output, its share is small.
-    """
-    cfg = compose(overrides)
-    chunk_mib = batch * image_size**2 * cfg.width * 4 / 2 / chunks / 2**20
-    one, two = (
-        record(compose([*overrides, f"chunk_mib={factor * chunk_mib}"]), image_size, factor * batch)
-        for factor in (1, 2)
-    )
-    if len(one[0]) != len(two[0]):
-        raise SystemExit(f"{overrides}: {len(one[0])} operations at batch {batch}, {len(two[0])} at twice the batch.")
-    pixels = batch * image_size**2
-    per_pixel = [(large - small) / pixels for small, large in zip(one[0], two[0], strict=True)]
-    fixed = [2 * small - large for small, large in zip(one[0], two[0], strict=True)]
-    return Timeline(per_pixel, fixed, one[1], chunks if cfg.arch != "resnet18" and cfg.backward == "invert" else 0)
-
-
-def draw_timeline(axes: Axes, line: Timeline) -> None:
-    """Live bytes per pixel over the operations of a step."""
-    steps = range(len(line.per_pixel))
+def draw_timeline(axes: Axes, cfg: Any, model: MemoryModel, image_size: int, batch: int) -> None:
+    """Live MiB over the operations of a step, above what is always there."""
+    live, ends = record(cfg, image_size, batch)
+    steps = range(len(live))
     start = 0
     for phase, colour in PHASES.items():
-        end = line.ends[phase]
+        end = ends[phase]
         axes.axvspan(start, end, color=colour, zorder=0)
-        if end - start > 0.06 * len(steps):
+        if end - start > 0.06 * len(live):
             axes.text((start + end) / 2, 0.97, phase, transform=axes.get_xaxis_transform(), ha="center", va="top",
                       fontsize=9.5, color="#555555")  # fmt: skip
         start = end
-    axes.fill_between(steps, line.per_pixel, step="post", color="#6baed6", alpha=0.75, linewidth=0, rasterized=True,
-                      label="activations and their gradients")  # fmt: skip
-    axes.plot(steps, line.per_pixel, drawstyle="steps-post", color="#08519c", linewidth=0.9, rasterized=True)
-    peak = max(line.per_pixel)
-    at = line.per_pixel.index(peak)
-    phase = next(name for name, end in line.ends.items() if at < end)
+    always = (model.fixed_of("theta") + model.fixed_of("optimizer")) / MIB
+    axes.fill_between(steps, live, always, step="post", color="#6baed6", alpha=0.75, linewidth=0, rasterized=True,
+                      label="activations, gradients, scratch")  # fmt: skip
+    axes.fill_between([0, len(live)], always, color="#969696", alpha=0.75, linewidth=0, label="weights and momentum")
+    axes.plot(steps, live, drawstyle="steps-post", color="#08519c", linewidth=0.7, rasterized=True)
+    peak = max(live)
+    at = live.index(peak)
+    phase = next(name for name, end in ends.items() if at < end)
     axes.plot([at], [peak], "o", color="#cb181d", markersize=6)
-    right = at > 0.6 * len(steps)
+    right = at > 0.5 * len(live)
     axes.annotate(
-        f"peak: {peak:.0f} bytes per pixel, in the {phase} pass", (at, peak), (-8 if right else 8, 6),
+        f"peak: {peak:,.0f} MiB, in the {phase} pass", (at, peak), (-8 if right else 8, 6),
         textcoords="offset points", ha="right" if right else "left", fontsize=9.5, weight="bold", color="#cb181d",
     )  # fmt: skip
-    axes.set_xlim(0, len(steps))
-    axes.set_ylim(0, 1.25 * peak)
-    scratch = f"; scratch of 1/{line.chunks} of half a state included" if line.chunks else ""
-    axes.set_xlabel(f"operations of one training step{scratch}", loc="left")
-    axes.set_ylabel("live bytes per input pixel")
-    weights = max(line.fixed) / 2**20
+    axes.set_xlim(0, len(live))
+    axes.set_ylim(0, 1.27 * peak)
+    axes.set_xlabel("operations of one training step", loc="left")
+    axes.set_ylabel("live MiB")
+    closed = model.peak_bytes(batch, image_size) / MIB
     axes.set_title(
-        "Counted over one step under fake tensors; weights, their gradients and momentum apart "
-        f"(at most {weights:.0f} MiB)",
+        f"Counted over one step of {batch} images under fake tensors (peak by the closed form: {closed:,.0f} MiB)",
         fontsize=11, loc="left",
     )  # fmt: skip
-    axes.legend(fontsize=8.5, loc="lower center", frameon=False)
+    axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(0, 0.9), frameon=False, handlelength=1)
 
 
 # ---------------------------------------------------------------- the figure
 
 
-def draw(overrides: list[str], image_size: int, batch: int, chunks: int) -> Figure:
+def draw(overrides: list[str], image_size: int, batch: int) -> Figure:
     """Both panels of one configuration."""
     cfg = compose(overrides)
     model = analytic_memory(cfg, CLASSES, image_size)
     figure, (above, below) = plt.subplots(2, 1, figsize=(10, 8.4), layout="constrained", height_ratios=[1.25, 1])
     draw_modules(above, model)
-    draw_timeline(below, timeline(overrides, image_size, batch, chunks))
+    draw_timeline(below, cfg, model, image_size, batch)
     mode = "" if cfg.arch == "resnet18" else f"backward={cfg.backward}, "
     figure.suptitle(
         f"{cfg.arch}: {model.bytes_per_pixel:.0f} bytes per input pixel   "
@@ -278,8 +245,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", help="configuration for all, e.g. width=16 precision=bf16")
     parser.add_argument("--arch", nargs="+", default=architectures(), choices=architectures(), metavar="ARCH")
     parser.add_argument("--image-size", type=int, default=32, help="pixels a side (32)")
-    parser.add_argument("--batch", type=int, default=512, help="smaller of the two recorded batches (512)")
-    parser.add_argument("--chunks", type=int, default=32, help="parts of half a state; more: slower (32)")
+    parser.add_argument("--batch", type=int, default=512, help="images of the recorded step (512)")
     parser.add_argument("--output", type=Path, default=Path("docs/figures"), help="folder (docs/figures)")
     return parser.parse_intermixed_args(argv)
 
@@ -289,7 +255,7 @@ def main(argv: list[str] | None = None, show: Callable[[str], None] = print) -> 
     args.output.mkdir(parents=True, exist_ok=True)
     for arch in args.arch:
         overrides = ["data=synthetic", f"arch={arch}", *args.overrides]
-        figure = draw(overrides, args.image_size, args.batch, args.chunks)
+        figure = draw(overrides, args.image_size, args.batch)
         for suffix in ("png", "svg"):
             path = args.output / f"memory_{arch}.{suffix}"
             figure.savefig(path, dpi=120)

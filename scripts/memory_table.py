@@ -1,14 +1,16 @@
 """The memory of every architecture in both backward modes: closed form, prediction and measurement side by side.
 
     python scripts/memory_table.py                           # all architectures, a batch of 512
-    python scripts/memory_table.py --arch hybrid chunked width=16 precision=bf16
+    python scripts/memory_table.py --arch hybrid chunked width=16
+    python scripts/memory_table.py --name memory_table_bf16 precision=bf16
     python scripts/memory_table.py --measure-batch 0         # predictions only, no real step
 
 Prints Markdown and writes it and a CSV of the same numbers into docs/figures. Columns:
 
 analytic    closed form, bytes per input pixel (revtrain.measure.analytic)
-predicted   peak of live storages over a training step under fake tensors; per pixel, the slope over the batch
-measured    the same count over a real step on the CPU at a small batch, beside the prediction at that batch
+predicted   peak of live storages over a training step under fake tensors (revtrain.plan.StepPredictor); per pixel, the
+            slope between the batch and twice of it
+measured    the same count over real steps on the CPU at small batches, beside the prediction at those
 CUDA        the allocator's peak over a real step at the full batch, allocated and reserved
 batch in X  the largest batch whose predicted peak stays within X
 """
@@ -17,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,48 +26,17 @@ import torch
 import torch.nn.functional as F
 
 from revtrain.conf import compose
-from revtrain.measure import measure_step_memory, training_step_memory
+from revtrain.device import DTYPES
+from revtrain.measure import training_step_memory
 from revtrain.measure.analytic import analytic_memory
 from revtrain.models import architectures, build_model
 from revtrain.optim import make_optimizer
+from revtrain.plan import MOST_IMAGES, StepPredictor, largest_batch
 
 MIB = 2**20
 LIMITS = {"500 MiB": 500 * MIB} | {f"{gib} GiB": gib * 1024 * MIB for gib in (1, 2, 4, 8, 16)}
 NO_GPU = "not measured on a GPU yet"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CLASSES = 10
-
-
-@dataclass(frozen=True)
-class Line:
-    """Peak bytes as a line over the batch, through two predictions."""
-
-    fixed: float
-    per_image: float
-
-    def largest_batch(self, limit: int) -> int:
-        return max(0, int((limit - self.fixed) // self.per_image))
-
-
-def predict(cfg: Any, image_size: int, batch: int) -> Line:
-    """The line through the predicted peaks at `batch` and at half of it."""
-    half = max(1, batch // 2)
-    small = measure_step_memory(cfg, CLASSES, image_size, half).peak_bytes
-    large = measure_step_memory(cfg, CLASSES, image_size, batch).peak_bytes
-    per_image = (large - small) / max(1, batch - half)
-    return Line(large - per_image * batch, per_image)
-
-
-def largest_batch(cfg: Any, image_size: int, limit: int, line: Line, batch: int) -> int:
-    """The largest batch within `limit` bytes.
-
-    The peak is the largest of several lines, one for each moment of the step. Above `batch` the line through it
-    holds; below, another moment may peak, so the line is drawn again near the answer.
-    """
-    found = line.largest_batch(limit)
-    if 2 <= found < batch // 2:
-        found = min(found, predict(cfg, image_size, found).largest_batch(limit))
-    return found
 
 
 def measure(cfg: Any, image_size: int, batch: int) -> int:
@@ -76,15 +46,14 @@ def measure(cfg: Any, image_size: int, batch: int) -> int:
         model = build_model(cfg, CLASSES, image_size)
         return model, make_optimizer(model, cfg)
 
-    dtype = DTYPES.get(cfg.precision)
-    autocast = None if dtype is None else lambda: torch.autocast("cpu", dtype=dtype)
-    return training_step_memory(make, batch, image_size, CLASSES, autocast).step
+    return training_step_memory(make, batch, image_size, CLASSES, DTYPES[cfg.precision]).step
 
 
 def measure_cuda(cfg: Any, image_size: int, batch: int) -> str:
     """Allocated / reserved MiB at the peak of the second of two real steps on the GPU."""
     if not torch.cuda.is_available():
         return NO_GPU
+    dtype = DTYPES[cfg.precision]
     try:
         model = build_model(cfg, CLASSES, image_size).cuda().train()
         optimizer = make_optimizer(model, cfg)
@@ -92,9 +61,9 @@ def measure_cuda(cfg: Any, image_size: int, batch: int) -> str:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             optimizer.zero_grad(set_to_none=True)
-            images = torch.randn(batch, 3, image_size, image_size, device="cuda")
+            images = torch.empty(batch, 3, image_size, image_size, device="cuda", dtype=dtype).normal_()
             labels = torch.zeros(batch, dtype=torch.int64, device="cuda")
-            with torch.autocast("cuda", dtype=DTYPES.get(cfg.precision), enabled=cfg.precision != "fp32"):
+            with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
                 loss = F.cross_entropy(model(images), labels)
             loss.backward()
             optimizer.step()
@@ -106,33 +75,30 @@ def measure_cuda(cfg: Any, image_size: int, batch: int) -> str:
 
 def row(cfg: Any, args: argparse.Namespace) -> dict[str, Any]:
     """All columns of one architecture and mode."""
-    analytic = analytic_memory(cfg, CLASSES, args.image_size)
-    line = predict(cfg, args.image_size, args.batch)
+    batch, pixels = args.batch, args.image_size**2
+    analytic, predict = analytic_memory(cfg, CLASSES, args.image_size), StepPredictor(cfg, CLASSES, args.image_size)
+
+    def peak(size: int) -> int:
+        return predict(size).peak
+
+    per_image = (peak(2 * batch) - peak(batch)) / batch
     cells: dict[str, Any] = {
         "arch": cfg.arch,
-        "backward": cfg.backward,
+        "backward": cfg.backward if cfg.arch != "resnet18" else "either",
         "parameters": analytic.parameters,
         "analytic B/px": round(analytic.bytes_per_pixel, 1),
-        "predicted B/px": round(line.per_image / args.image_size**2, 1),
-        f"predicted peak at {args.batch}, MiB": round((line.fixed + line.per_image * args.batch) / MIB, 1),
+        "predicted B/px": round(per_image / pixels, 1),
+        f"predicted peak at {batch}, MiB": round(peak(batch) / MIB, 1),
     }
-    if args.measure_batch:
-        real, fake = (
-            [peak(size) for size in (args.measure_batch, 2 * args.measure_batch)]
-            for peak in (
-                lambda size: measure(cfg, args.image_size, size),
-                lambda size: measure_step_memory(cfg, CLASSES, args.image_size, size).peak_bytes,
-            )
-        )
-        pixels = args.measure_batch * args.image_size**2
-        cells[f"measured B/px, {args.measure_batch} to {2 * args.measure_batch}"] = round(
-            (real[1] - real[0]) / pixels, 1
-        )
-        cells[f"measured peak at {2 * args.measure_batch}, MiB"] = round(real[1] / MIB, 1)
-        cells[f"predicted peak at {2 * args.measure_batch}, MiB"] = round(fake[1] / MIB, 1)
-    cells[f"CUDA peak at {args.batch}, allocated / reserved MiB"] = measure_cuda(cfg, args.image_size, args.batch)
+    for size in (args.measure_batch, 2 * args.measure_batch) if args.measure_batch else ():
+        real = measure(cfg, args.image_size, size)
+        cells[f"measured peak at {size}, MiB"] = round(real / MIB, 2)
+        cells[f"predicted peak at {size}, MiB"] = round(peak(size) / MIB, 2)
+        cells[f"difference at {size}, %"] = round(100 * (peak(size) / real - 1), 2)
+    cells[f"CUDA peak at {batch}, allocated / reserved MiB"] = measure_cuda(cfg, args.image_size, batch)
     for name, limit in LIMITS.items():
-        cells[f"batch in {name}"] = largest_batch(cfg, args.image_size, limit, line, args.batch)
+        first = int((limit - peak(batch)) / per_image) + batch
+        cells[f"batch in {name}"] = largest_batch(peak, limit, MOST_IMAGES, per_image, first)
     return cells
 
 
@@ -152,6 +118,8 @@ def _format(value: Any) -> str:
 def document(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
     columns = list(rows[0])
     limits = [name for name in columns if name.startswith("batch in")]
+    steps = [name for name in columns if name.startswith(("measured", "difference", "CUDA"))]
+    steps += [name for name in columns if name.startswith("predicted peak") and f"at {args.batch}," not in name]
     overrides = " ".join(args.overrides) or "defaults of each architecture"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else NO_GPU
     return "\n".join(
@@ -159,10 +127,14 @@ def document(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
             f"Images of {args.image_size}x{args.image_size} pixels; configuration: {overrides}; "
             f"torch {torch.__version__}; CUDA: {gpu}.",
             "",
-            "B/px: bytes per input pixel of activations and their gradients at the peak; weights, their gradients "
-            "and momentum are in the peaks in MiB.",
+            "B/px: bytes per input pixel of activations and their gradients at the peak of a large batch (predicted: "
+            f"{args.batch} to {2 * args.batch}); weights, their gradients and momentum are in the peaks in MiB.",
             "",
-            markdown(rows, [name for name in columns if name not in limits]),
+            markdown(rows, [name for name in columns if name not in limits + steps]),
+            "",
+            "Real steps beside the prediction of the same:",
+            "",
+            markdown(rows, ["arch", "backward", *(name for name in columns if name in steps)]),
             "",
             "Largest batch within a limit:",
             "",
@@ -188,6 +160,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--measure-batch", type=int, default=16, help="smaller batch of the real steps; 0: none (16)")
     parser.add_argument("--image-size", type=int, default=32, help="pixels a side (32)")
     parser.add_argument("--output", type=Path, default=Path("docs/figures"), help="folder (docs/figures)")
+    parser.add_argument("--name", default="memory_table", help="of the files, without suffix (memory_table)")
     return parser.parse_intermixed_args(argv)
 
 
@@ -196,15 +169,12 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for arch in args.arch:
         for mode in args.backward if arch != "resnet18" else args.backward[:1]:
-            cfg = compose(["data=synthetic", f"arch={arch}", f"backward={mode}", *args.overrides])
-            rows.append(row(cfg, args))
-            if arch == "resnet18":
-                rows[-1]["backward"] = "either"
+            rows.append(row(compose(["data=synthetic", f"arch={arch}", f"backward={mode}", *args.overrides]), args))
     text = document(rows, args)
     print(text)
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "memory_table.md").write_text(text)
-    write_csv(args.output / "memory_table.csv", rows)
+    (args.output / f"{args.name}.md").write_text(text)
+    write_csv(args.output / f"{args.name}.csv", rows)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from cases import ARCHS, REVERSIBLE, compose, ids
 from torch import nn
 
 from revtrain.chain import InvertibleChain
+from revtrain.device import DTYPES
 from revtrain.invertible import InvertibleLayer
 from revtrain.layers import CouplingConv2d, InvertibleLeakyReLU
 from revtrain.measure import SNR_CEILING_DB, LiveStorages, measure_step_memory, probe_snr, snr_db, training_step_memory
-from revtrain.measure.memory import _autocast
 from revtrain.models import build_model
 from revtrain.optim import make_optimizer
 
@@ -112,7 +112,7 @@ def test_prediction_with_fake_tensors_equals_the_real_run(case, precision):
         model = build_model(cfg)
         return model, make_optimizer(model, cfg)
 
-    real = training_step_memory(make, 16, 32, autocast=_autocast(cfg))
+    real = training_step_memory(make, 16, 32, dtype=DTYPES[cfg.precision])
     fake = measure_step_memory(cfg, 10, 32, 16)
     assert fake.peak_bytes == pytest.approx(real.step, rel=0.02)
     assert fake.parameter_bytes == real.parameters
@@ -132,7 +132,7 @@ def test_prediction_allocates_nothing_and_leaves_the_random_numbers():
 def test_inverting_needs_far_less_than_storing():
     for arch in ("layerwise", "hybrid", "irevnet"):
         invert, store = (
-            measure_step_memory(compose(f"arch={arch}", "width=8", f"backward={mode}"), 10, 32, 32)
+            measure_step_memory(compose(f"arch={arch}", "width=8", "depth=3", f"backward={mode}"), 10, 32, 32)
             for mode in ("invert", "store")
         )
         assert invert.bytes_per_pixel < 0.4 * store.bytes_per_pixel

@@ -145,10 +145,13 @@ class _Repeat(InvertibleLayer):
 def _without_repeats(model: nn.Module) -> nn.Module:
     """`model` with the same peak memory and far fewer operations; it computes nonsense, so for fake tensors only.
 
-    Of equal layers at one resolution the first works: in its backward pass most gradients are there already.
+    Of equal layers at one resolution the first works: in its backward pass most gradients are there already. A
+    chain inside a layer stays whole, since what its first layers need depends on its last.
     Loops end early (see `_few_rounds`); what they put together is then made at its full size.
     """
-    for chain in [m for m in model.modules() if isinstance(m, InvertibleChain) and m.backward_mode == "invert"]:
+    chains = [m for m in model.modules() if isinstance(m, InvertibleChain) and m.backward_mode == "invert"]
+    inner = {id(m) for chain in chains for layer in chain.layers for m in layer.modules()}
+    for chain in [each for each in chains if id(each) not in inner]:
         seen = set()
         for index, layer in enumerate(chain.layers):
             if isinstance(layer, ChannelPooling | BatchPooling):
@@ -359,7 +362,7 @@ def make_plan(
     if limit is not None:
         per_image, guess = _first_guess(cfg, classes, image_size, limit - margin)
         first = guess // 2 if cfg.batch == "auto" else cfg.batch  # both serve for the slope as well
-        largest = _largest_batch(peak, limit - margin, training_images or MOST_IMAGES, per_image, first)
+        largest = largest_batch(peak, limit - margin, training_images or MOST_IMAGES, per_image, first)
     batch = cfg.batch
     if batch == "auto":
         batch = largest or LEAST_BATCH  # where nothing fits, the numbers of the smallest batch say why
@@ -435,7 +438,7 @@ def cap_memory(cfg: Any, device: torch.device) -> None:
 # ---- the search for the largest batch ------------------------------------------------------------
 
 
-def _largest_batch(peak: Callable[[int], int], budget: int, most: int, per_image: float, first: int) -> int:
+def largest_batch(peak: Callable[[int], int], budget: int, most: int, per_image: float, first: int) -> int:
     """The largest batch up to `most` whose peak is within `budget`, itself predicted; 0 where two images are too many.
 
     The peak grows with the batch, in pieces that are nearly straight: a line through the last prediction gives the

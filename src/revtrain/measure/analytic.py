@@ -10,30 +10,35 @@ Symbols of the formulas, per input pixel (bytes / (batch * height * width)):
     E_t   values of one activation of stage t: channels * sub-images / 4^t. Both invertible poolings keep E = c;
           striding doubles the channels on a quarter of the pixels: E_t = c / 2^t
     h     E / 2, one half of a coupling
-    e_t   expansion of stage t (chunked): hidden channels per channel of a half
-    k     hidden channels alive at a time (chunked)
-    s, a  bytes of a value of the stream and of what convolutions compute: 4 and 4 in fp32
+    e     expansion (chunked): hidden channels per channel of a half
+    k     hidden channels alive at a time (chunked, norm=hidden)
+    a     bytes of a value that a convolution computes, and of the images: 4, or 2 where precision is 16 bit
+    s, g  bytes of a value of a chain's state, and of its gradient (see revtrain.stream): 4 and 4 in floating point,
+          2 and a in int16
+    v     bytes of a value between two blocks where autograd stores
 
 A network is a row of modules. Each *stores* terms from its forward pass to its backward pass (added up: the global
-bottleneck) and has terms alive only *while its own backward pass runs* (the largest: the local bottleneck). The
-memory at a moment is what all modules up to there store, and what the one at work needs for itself.
+bottleneck) and has terms alive only while it is *at work*, forward or backward (the largest: the local bottleneck).
+The memory at a moment is what all modules up to there store, and what the one at work needs for itself.
 
-Per-pixel terms hold for batches large enough that activations outweigh the weights' gradients: the peak moves
-between moments otherwise, which `peak_bytes` follows.
+Per-pixel terms hold for large batches. In small ones the weights' gradients, or the temporaries of a chunk, decide
+which moment peaks; `peak_bytes` follows that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from revtrain.device import DTYPES
 from revtrain.errors import RevtrainError
 from revtrain.invertible import MIB
 from revtrain.models.chunked import expansions
 from revtrain.models.hybrid import UNITS_PER_BRANCH
-from revtrain.models.parts import spread_depth
+from revtrain.models.parts import spread_depth, stream_of
 from revtrain.models.resnet18 import BLOCKS
+from revtrain.stream import PLAIN, Stream
 
 # Which of the paper's equations a term belongs to. Within a network's own range the draft does not always keep
 # activations, local activations and gradients apart, so a term carries the range.
@@ -45,11 +50,12 @@ EQ_LAYERWISE = "Eq. 30"
 EQ_HYBRID = "section 4.2"
 EQ_CHUNKED = "not in the paper"
 
-SMALL_BYTES = 4  # statistics, parameters, pooled features: float32 in every precision
-LABEL_BYTES = 8
+FLOAT = 4  # bytes of statistics, parameters and their gradients in every precision
+LABEL_BYTES, COUNTER_BYTES = 8, 8
 
 Kind = Literal["theta", "activation", "gradient", "optimizer"]
 Bottleneck = Literal["global", "local"] | None
+Phase = Literal["forward", "backward"]
 
 
 @dataclass(frozen=True)
@@ -66,24 +72,34 @@ class Term:
 
 
 @dataclass(frozen=True)
+class Work:
+    """A module at work: what is alive only then."""
+
+    phase: Phase
+    terms: tuple[Term, ...] = ()
+    ends: bool = False  # the end of a backward pass: what the module had stored is gone
+
+
+@dataclass(frozen=True)
 class Module:
     """A box of the memory diagram. Terms of one name in several modules are one buffer, counted once."""
 
     name: str
     stage: int  # from 0
     parameters: int = 0
-    statistics_bytes: int = 0  # running statistics
+    buffer_bytes: int = 0  # running statistics and counters
     stored: tuple[Term, ...] = ()  # from its forward to its backward pass
-    local: tuple[Term, ...] = ()  # only while its own backward pass runs
-    passing: tuple[Term, ...] = ()  # only while its own forward pass runs
+    work: tuple[Work, ...] = (Work("forward"),)
+    by_autograd: bool = True  # which keeps the 16-bit copies of weights that autocast makes
 
 
 @dataclass(frozen=True)
 class Moment:
     """A time of the step at which memory may peak: everything that is alive then."""
 
-    name: str
+    phase: Phase
     module: int  # index of the module at work
+    name: str
     terms: tuple[Term, ...]
 
     @property
@@ -148,50 +164,54 @@ class _Stage:
     values: float  # E, per input pixel
     units: int
 
+    @property
+    def half(self) -> float:
+        return self.values / 2
+
 
 @dataclass(frozen=True)
 class _Setting:
-    """What all builders need of the configuration."""
+    """What all builders need of the configuration; the symbols of the module's docstring."""
 
     cfg: Any
     classes: int
     pixels: int  # of one image
-    s: int  # bytes of a value of the stream
-    a: int  # bytes of a value that a convolution computes
-
-    @property
-    def cast(self) -> int:
-        """Bytes of a value copied from the stream's precision to the convolution's: none where they agree."""
-        return self.a if self.a != self.s else 0
-
-    @property
-    def snaps(self) -> bool:
-        """Couplings round their input and residuals to a grid, which makes a new tensor of each."""
-        return self.cfg.grid_bits is not None and self.s == 4 and self.cfg.arch in ("revnet", *_BLOCKS)
-
-    @property
-    def holds_stem(self) -> bool:
-        """The stem's output is alive in the trunk's forward pass, though no layer of the trunk saves it."""
-        return self.cfg.arch != "resnet18"
+    stream: Stream
 
     @property
     def inverts(self) -> bool:
         return self.cfg.backward == "invert" and self.cfg.arch != "resnet18"
 
-    def pooled(self, stage: _Stage) -> float:
-        """Values of the head's pooled features, per input pixel."""
-        return stage.values * 4**stage.index / self.pixels
+    @property
+    def a(self) -> int:
+        return DTYPES[self.cfg.precision].itemsize
 
+    @property
+    def s(self) -> int:
+        return self.stream.dtype.itemsize if self.stream.is_integer else FLOAT
 
-def element_bytes(cfg: Any) -> tuple[int, int]:
-    """(s, a): bytes of a value of a chain's stream, and of what convolutions compute.
+    @property
+    def g(self) -> int:
+        return self.a if self.stream.is_integer else FLOAT
 
-    A chain that inverts keeps its stream in float32 under autocast, and so do the statistics of an invertible BN
-    and the grid of a coupling where autograd stores.
-    """
-    compute = {"fp32": 4, "bf16": 2, "fp16": 2}[cfg.precision]
-    widened = cfg.backward == "invert" or cfg.arch in ("layerwise", "hybrid") or cfg.grid_bits is not None
-    return 4 if widened and cfg.arch != "resnet18" else compute, compute
+    @property
+    def v(self) -> int:
+        # The statistics of an invertible BN and the grid of a coupling are in float32.
+        widened = self.cfg.arch in ("layerwise", "hybrid") or self.stream.bits is not None
+        return FLOAT if widened else self.a
+
+    @property
+    def scaled(self) -> bool:
+        return self.cfg.residual_scale != 1
+
+    @property
+    def chunk(self) -> int:
+        """Bytes that a temporary may have."""
+        return int(self.cfg.chunk_mib * MIB)
+
+    def cast(self, values_bytes: int) -> int:
+        """Bytes of a value copied into the precision of convolutions: none where it is that already."""
+        return self.a if values_bytes != self.a else 0
 
 
 def analytic_memory(cfg: Any, classes: int = 10, image_size: int = 32) -> MemoryModel:
@@ -210,7 +230,8 @@ def analytic_memory(cfg: Any, classes: int = 10, image_size: int = 32) -> Memory
             f"arch={cfg.arch} has no closed form of its memory.\n"
             f"Expected one of: {', '.join(sorted(builders))}. The prediction with fake tensors serves any network."
         )
-    setting = _Setting(cfg, classes, image_size**2, *element_bytes(cfg))
+    stream = PLAIN if cfg.arch in ("resnet18", "layerwise") else stream_of(cfg)
+    setting = _Setting(cfg, classes, image_size**2, stream)
     modules = tuple(builders[cfg.arch](setting))
     return MemoryModel(cfg.arch, cfg.backward, modules, tuple(_moments(setting, modules)))
 
@@ -218,69 +239,78 @@ def analytic_memory(cfg: Any, classes: int = 10, image_size: int = 32) -> Memory
 # ---------------------------------------------------------------- from modules to moments
 
 
-def _moments(setting: _Setting, modules: tuple[Module, ...]) -> Iterable[Moment]:
-    """One moment for the backward pass of each module, and one for each forward pass with a need of its own."""
-    inputs, always = _inputs(setting), _always(setting, modules)
-    held = Term(
-        "output of the stem, held by its caller", EQ_TOTAL, "c a", "activation", None, setting.cfg.width * setting.a
-    )
+def _moments(setting: _Setting, modules: tuple[Module, ...]) -> Iterator[Moment]:
+    """One moment for each work of each module."""
+    always = [*_always(setting, modules), *_inputs(setting)]
+    stem = _pixels("output of the stem, held by its caller", EQ_TOTAL, "c a", setting.cfg.width * setting.a, None)
     for index, module in enumerate(modules):
-        if module.passing:
-            terms = (*always, *inputs, *_distinct(modules[: index + 1]), *module.passing)
-            yield Moment(f"forward of {module.name}", index, terms + ((held,) if setting.holds_stem else ()))
-        gradients = sum(each.parameters for each in modules[index:]) * SMALL_BYTES
-        alive = (
-            Term("gradients of the parameters", EQ_TOTAL, "4 bytes a parameter from here to the head", "gradient",
-                 None, 0.0, gradients),
-            *_scratch(setting),
+        gradients = sum(each.parameters for each in modules[index:]) * FLOAT
+        backward = Term(
+            "gradients of the parameters", EQ_TOTAL, "4 bytes a parameter from here to the head", "gradient",
+            None, 0.0, gradients,
         )  # fmt: skip
-        terms = (*always, *alive, *inputs, *_distinct(modules[: index + 1]), *module.local)
-        yield Moment(f"backward of {module.name}", index, terms)
-
-
-def _distinct(modules: Iterable[Module]) -> list[Term]:
-    return list({term.name: term for module in modules for term in module.stored}.values())
+        copies = setting.cast(FLOAT) * sum(each.parameters for each in modules[: index + 1] if each.by_autograd)
+        copied = Term(
+            "weights in 16 bit, kept by autograd", EQ_TOTAL, "a bytes a parameter up to here", "activation",
+            "global", 0.0, copies,
+        )  # fmt: skip
+        for work in module.work:
+            stored = {term.name: term for each in modules[: index + 1 - work.ends] for term in each.stored}
+            terms = [*always, *stored.values(), *work.terms, *([copied] if copies else [])]
+            if work.phase == "backward":
+                terms.append(backward)
+            elif setting.cfg.arch != "resnet18":
+                terms.append(stem)
+            yield Moment(work.phase, index, f"{work.phase} of {module.name}", tuple(terms))
 
 
 def _always(setting: _Setting, modules: tuple[Module, ...]) -> list[Term]:
     parameters = sum(module.parameters for module in modules)
-    statistics = sum(module.statistics_bytes for module in modules)
+    buffers = sum(module.buffer_bytes for module in modules)
     terms = [
-        Term("parameters", EQ_TOTAL, "4 bytes a parameter", "theta", "global", 0.0, parameters * SMALL_BYTES),
-        Term("running statistics", EQ_TOTAL, "8 bytes a BN channel", "theta", "global", 0.0, statistics),
+        Term("parameters", EQ_TOTAL, "4 bytes a parameter", "theta", "global", 0.0, parameters * FLOAT),
+        Term("running statistics", EQ_TOTAL, "8 bytes a BN channel", "theta", "global", 0.0, buffers),
     ]
     if setting.cfg.momentum > 0:
-        terms.append(
-            Term("momentum", EQ_TOTAL, "4 bytes a parameter", "optimizer", "global", 0.0, parameters * SMALL_BYTES)
-        )
-    if not setting.inverts and setting.a != SMALL_BYTES:
-        # Autocast's copies of the weights stay until the graph that saved them is gone.
-        terms.append(
-            Term("weights in 16 bit", EQ_TOTAL, "a bytes a parameter", "theta", "global", 0.0, parameters * setting.a)
-        )
+        terms.append(Term("momentum", EQ_TOTAL, "4 bytes a parameter", "optimizer", "global", 0.0, parameters * FLOAT))
     return terms
 
 
 def _inputs(setting: _Setting) -> list[Term]:
-    terms = [Term("images", EQ_STORED, "3 * 4", "activation", "global", 3 * SMALL_BYTES)]
-    if setting.a != SMALL_BYTES:
-        terms.append(Term("images in 16 bit", EQ_STORED, "3 a", "activation", "global", 3 * setting.a))
-    terms.append(Term("labels", EQ_STORED, "8 / (H W)", "activation", "global", LABEL_BYTES / setting.pixels))
-    return terms
+    return [
+        _pixels("images", EQ_STORED, "3 a", 3 * setting.a),
+        _pixels("labels", EQ_STORED, "8 / (H W)", LABEL_BYTES / setting.pixels),
+    ]
 
 
-def _scratch(setting: _Setting) -> list[Term]:
-    """Temporaries of the passes over batch chunks: bounded by `chunk_mib` each, whatever the batch."""
-    # convolution and gradient of a half; chunked: the output and two steps of its sum, and three of hidden channels
-    of_hidden = 2 * getattr(setting.cfg, "hidden_chunk", 2) / setting.cfg.width  # k / h
-    temporaries = {"layerwise": 2, "hybrid": 2, "chunked": 3 + 3 * of_hidden}.get(setting.cfg.arch, 0)
-    if not setting.inverts or not temporaries:
-        return []
-    scratch = int(temporaries * setting.cfg.chunk_mib * MIB)
-    return [Term("scratch of a chunk", EQ_TOTAL, f"{temporaries:g} chunk_mib", "activation", "local", 0.0, scratch)]
+def _pixels(name: str, equation: str, formula: str, nbytes: float, bottleneck: Bottleneck = "global") -> Term:
+    return Term(name, equation, formula, "activation", bottleneck, nbytes)
 
 
-# ---------------------------------------------------------------- the paper's networks
+def _local(name: str, equation: str, formula: str, nbytes: float) -> Term:
+    return _pixels(name, equation, formula, nbytes, "local")
+
+
+def _gradient(name: str, equation: str, formula: str, nbytes: float, bottleneck: Bottleneck = "local") -> Term:
+    return Term(name, equation, formula, "gradient", bottleneck, nbytes)
+
+
+def _scratch(size: float) -> Term:
+    """Temporaries of a pass over batch chunks: bounded by `chunk_mib` each, whatever the batch."""
+    return Term("scratch of a chunk", EQ_TOTAL, "a few times chunk_mib", "activation", "local", 0.0, int(size))
+
+
+def _scratch_of_sum(setting: _Setting, values: float, result: int) -> float:
+    """What it takes to add so many values of a result, `result` bytes each, to a state."""
+    if setting.stream.bits is None:
+        return 0.0
+    steps = FLOAT * (1 + setting.scaled + (result != FLOAT))  # in float32, scaled, on the grid
+    if setting.stream.is_integer:
+        steps += 2 * setting.s + 2  # the sum in twice the bits; two masks
+    return values * steps
+
+
+# ---------------------------------------------------------------- parts that several networks share
 
 
 def _stages(cfg: Any, units: Iterable[int]) -> list[_Stage]:
@@ -295,221 +325,272 @@ def _stages(cfg: Any, units: Iterable[int]) -> list[_Stage]:
 
 
 def _stem(setting: _Setting) -> Module:
-    return Module("stem", 0, parameters=27 * setting.cfg.width)
+    counter = COUNTER_BYTES if setting.cfg.arch in _BLOCKS and setting.stream.is_integer else 0  # of the trunk
+    return Module("stem", 0, parameters=27 * setting.cfg.width, buffer_bytes=counter)
 
 
-def _head(setting: _Setting, last: _Stage, local: tuple[Term, ...], norm: bool = False, stored=()) -> Module:
-    parameters = (last.channels + 1) * setting.classes + 2 * last.channels * norm
-    statistics = _statistics(last.channels, torch_norms=1) if norm else 0
-    return Module("head", last.index, parameters, statistics, tuple(stored), local)
+def _buffers(channels: int, torch_norms: int = 0, counters: int = 0) -> int:
+    """Running mean and variance of so many channels; torch's own norms count their batches, integers overflows."""
+    return 2 * channels * FLOAT + (torch_norms + counters) * COUNTER_BYTES
 
 
-def _statistics(channels: int, torch_norms: int = 0) -> int:
-    """Running mean and variance of so many channels; torch's own norms count their batches, too (8 bytes)."""
-    return 2 * channels * SMALL_BYTES + 8 * torch_norms
+def _linear(setting: _Setting, last: _Stage) -> int:
+    return (last.channels + 1) * setting.classes
+
+
+def _sum(setting: _Setting, stage: _Stage) -> Work:
+    """Under ordinary autograd, what lives while a block adds G's output to its half."""
+    arch, h, a, v = setting.cfg.arch, stage.half, setting.a, setting.v
+    if arch == "layerwise":
+        return Work(
+            "forward", (_local("BN: its input, and the product before the sum", EQ_STORED, "2 E v", 4 * h * v),)
+        )
+    if setting.stream.bits is None:
+        terms = [_local("the sum: x, y2, and the two halves joined", EQ_STORED, "5 h v", 5 * h * v)]
+    else:
+        result = v if arch == "hybrid" else a
+        copies = 5 + (setting.scaled or result != v)  # x; G's output, scaled or widened; three steps of rounding
+        formula = f"{copies} h v + h r, r the bytes of G's output"
+        terms = [_local("the sum: x, G's output, scaled and rounded", EQ_STORED, formula, h * (copies * v + result))]
+    if arch == "hybrid" or (arch == "chunked" and setting.cfg.norm == "hidden" and setting.cast(v)):
+        terms.append(_local("the sum: y1, which G does not save", EQ_STORED, "h v", h * v))
+    return Work("forward", tuple(terms))
+
+
+# ---------------------------------------------------------------- the paper's networks
 
 
 def _resnet18(setting: _Setting) -> list[Module]:
     """ResNet (Figure 1): every convolution and BN stores its input, and nothing is rebuilt."""
-    a = setting.a
+    a, c = setting.a, setting.cfg.width
     stages = _stages(setting.cfg, BLOCKS[setting.cfg.depth])
-
-    def stored(where: str, what: str, values: float, formula: str) -> Term:
-        return Term(f"{where}: {what}", EQ_STORED, formula, "activation", "global", values * a)
-
-    c = setting.cfg.width
-    stem = Module(
-        "stem", 0, 27 * c + 2 * c, _statistics(c, 1),
-        (stored("stem", "input of BN", c, "c a"), stored("stem", "output", c, "c a")),
-    )  # fmt: skip
-    modules = [stem]
+    stored = (
+        _pixels("stem: input of BN", EQ_STORED, "c a", c * a),
+        _pixels("stem: output", EQ_STORED, "c a", c * a),
+    )
+    modules = [Module("stem", 0, 27 * c + 2 * c, _buffers(c, 1), stored)]
+    before = stages[0]
     for stage in stages:
         big, t = stage.channels, stage.index
         for block in range(stage.units):
             name = f"stage {t + 1}, block {block + 1}"
-            down = t > 0 and block == 0
-            before = big // 2 if down else big
-            terms = [stored(name, "inputs of conv 2 and of both BNs, output", 4 * stage.values, f"4 E_{t} a")]
-            parameters = 9 * before * big + 9 * big * big + 4 * big
-            statistics = _statistics(2 * big, 2)
-            if down:
-                terms.append(stored(name, "input of the shortcut's BN", stage.values, f"E_{t} a"))
-                parameters += before * big + 2 * big
-                statistics += _statistics(big, 1)
-            modules.append(Module(name, t, parameters, statistics, tuple(terms)))
-    last = stages[-1]
-    gradient = Term(
-        "gradients in the last block, less what they have freed", EQ_STORED, f"E_{last.index} a", "gradient",
-        "local", last.values * a,
-    )  # fmt: skip
-    return [*modules, _head(setting, last, (gradient,))]
+            terms = [
+                _pixels(
+                    f"{name}: inputs of conv 2 and of both BNs, output", EQ_STORED, f"4 E_{t} a", 4 * stage.values * a
+                )
+            ]
+            parameters = 9 * before.channels * big + 9 * big * big + 4 * big
+            buffers = _buffers(2 * big, 2)
+            if before is not stage:
+                terms.append(_pixels(f"{name}: input of the shortcut's BN", EQ_STORED, f"E_{t} a", stage.values * a))
+                parameters += before.channels * big + 2 * big
+                buffers += _buffers(big, 1)
+            inside = _gradient(
+                "gradients in the last block, less what they have freed", EQ_STORED, f"E_{t} a", stage.values * a
+            )
+            work = (Work("backward", (inside,)), _end_of_residual(before, a))
+            modules.append(Module(name, t, parameters, buffers, tuple(terms), work))
+            before = stage
+    return [*modules, Module("head", before.index, _linear(setting, before))]
+
+
+def _end_of_residual(before: _Stage, nbytes: int) -> Work:
+    """At the end of a residual block's backward pass: two gradients of its input, and their sum."""
+    formula = f"3 E_{before.index} a"
+    return Work(
+        "backward",
+        (_gradient("gradients of a block's input, two and their sum", EQ_STORED, formula, 3 * before.values * nbytes),),
+        ends=True,
+    )
 
 
 def _revnet(setting: _Setting) -> list[Module]:
     """RevNet (Figure 3): a chain for each stage, and between them residual blocks that store."""
-    cfg, s, a = setting.cfg, setting.s, setting.a
+    cfg, s, g = setting.cfg, setting.s, setting.g
     stages = _stages(cfg, spread_depth(cfg.depth, len(cfg.pooling) + 1))
     modules = [_stem(setting)]
     for stage in stages:
         t, big, values = stage.index, stage.channels, stage.values
         if t > 0:
             modules.append(_down(setting, stages[t - 1], stage))
-        state = Term(
-            f"output of stage {t + 1}", EQ_REVNET_GLOBAL, f"E_{t} s", "activation", "global", values * s
-        )  # fmt: skip
-        if not stage.units:
-            # The stem's or the down-sampling block's output is the stage's; the latter is counted there.
-            kept = (state,) if t == 0 else ()
-            modules.append(Module(f"stage {t + 1}, empty", t, stored=kept))
+        state = _pixels(f"output of stage {t + 1}", EQ_REVNET_GLOBAL, f"E_{t} s", values * s)
         for unit in range(stage.units):
             name = f"stage {t + 1}, block {unit + 1}"
             if setting.inverts:
                 stored = (state,)
-                inside = "inside F: its input, BN and conv"
-                passing = Term(inside, EQ_REVNET_LOCAL, "3 h a", "activation", "local", 1.5 * values * a)
-                local = (
-                    Term("gradient of the state", EQ_REVNET_LOCAL, f"E_{t} s", "gradient", None, values * s),
-                    Term("the same, as it came from above", EQ_REVNET_LOCAL, f"E_{t} s", "gradient", None, values * s),
-                    *_inside_residual(setting, stage, EQ_REVNET_LOCAL),
+                gradients = (
+                    _gradient("gradient of the state", EQ_REVNET_LOCAL, f"E_{t} g", values * g, None),
+                    _gradient("the same, as it came from above", EQ_REVNET_LOCAL, f"4 E_{t}", values * FLOAT, None),
                 )
+                work = _rebuilt_residual(setting, stage, EQ_REVNET_LOCAL, gradients)
             else:
-                stored, local, passing = (_stored_block(setting, stage, name),), (), _adding(setting, stage)
-                stored += (state,) if unit == stage.units - 1 else ()
-            modules.append(Module(name, t, 9 * big * big + 4 * big, _statistics(2 * big, 4), stored, local, (passing,)))
-    end = stages[-1]
-    through_head = (
-        Term("gradient of the head's ReLU", EQ_STORED, f"E_{end.index} a", "gradient", "local", end.values * a),
-        Term("pooled features", EQ_STORED, "C / (H W) * 4", "gradient", None, setting.pooled(end) * SMALL_BYTES),
-    )
-    relu = Term("output of the head's ReLU", EQ_STORED, f"E_{end.index} a", "activation", "global", end.values * a)
-    return [*modules, _head(setting, end, through_head, norm=True, stored=(relu,))]
+                stored = (_stored_block(setting, stage, name),)
+                work = (_sum(setting, stage), _end_of_stored_residual(setting, stage))
+            counters = setting.stream.is_integer * (1 + (unit == 0))
+            parameters, buffers = 9 * big * big + 4 * big, _buffers(2 * big, 4, counters)
+            modules.append(Module(name, t, parameters, buffers, stored, work, not setting.inverts))
+    return [*modules, _revnet_head(setting, stages[-1])]
+
+
+def _result(setting: _Setting, stage: _Stage) -> tuple[int, bool]:
+    """(bytes of a value of what a stage hands on, whether somebody keeps that already)."""
+    if not stage.units:  # the output of the stem, of no other use, or of the block of stride 2
+        return setting.a, stage.index > 0
+    if setting.inverts:  # the chain's state itself, or a copy of it in float32
+        return FLOAT, not setting.stream.is_integer
+    return setting.v, False
 
 
 def _down(setting: _Setting, before: _Stage, after: _Stage) -> Module:
     """The residual block of stride 2: stored by autograd in both modes (the global bottleneck of RevNet)."""
     a, c, t = setting.a, before.channels, after.index
-    inner = Term(
-        f"down {t}: inputs of conv 2 and of three BNs, ReLU's output", EQ_REVNET_GLOBAL, f"5 E_{t} a", "activation",
-        "global", 5 * after.values * a,
-    )  # fmt: skip
-    stored = [inner]
-    if setting.inverts and setting.cast:
-        stored.append(
-            Term(
-                f"down {t}: its input in 16 bit, for two convs", EQ_REVNET_GLOBAL, f"2 E_{t - 1} a", "activation",
-                "global", 2 * before.values * setting.cast,
-            )
-        )  # fmt: skip
-    gradient = Term("gradients of its input and output", EQ_REVNET_LOCAL, f"2 E_{t - 1} a", "gradient", "local",
-                    2 * before.values * a)  # fmt: skip
-    shortcut = Term("shortcut's sum", EQ_REVNET_LOCAL, f"E_{t} a", "activation", "local", after.values * a)
-    return Module(f"down {t}", t, 56 * c * c + 12 * c, _statistics(6 * c, 3), tuple(stored), (gradient,), (shortcut,))
+    reads, kept = _result(setting, before)
+    stored = [
+        _pixels(
+            f"down {t}: inputs of conv 2 and of three BNs, ReLU's output", EQ_REVNET_GLOBAL, f"5 E_{t} a",
+            5 * after.values * a,
+        )
+    ]  # fmt: skip
+    if setting.cast(reads):
+        name, formula = f"down {t}: its input in 16 bit, for two convs", f"2 E_{t - 1} a"
+        stored.append(_pixels(name, EQ_REVNET_GLOBAL, formula, 2 * before.values * a))
+    elif not kept:
+        name, formula = f"down {t}: its input", f"E_{t - 1} a"
+        stored.append(_pixels(name, EQ_REVNET_GLOBAL, formula, before.values * a))
+    passing = [_local("shortcut's sum", EQ_REVNET_LOCAL, f"E_{t} a", after.values * a)]
+    if setting.cast(reads) and not kept:
+        passing.append(_local("its input in float32", EQ_REVNET_LOCAL, f"4 E_{t - 1}", before.values * FLOAT))
+    work = (Work("forward", tuple(passing)), _end_of_residual(before, reads))
+    return Module(f"down {t}", t, 56 * c * c + 12 * c, _buffers(6 * c, 3), tuple(stored), work)
 
 
-def _inside_residual(setting: _Setting, stage: _Stage, equation: str) -> tuple[Term, ...]:
-    """What autograd holds of one F = 2 x [BN, ReLU, conv] at the worst moment of its backward pass."""
-    s, a, h = setting.s, setting.a, stage.values / 2
-    kept = Term(
-        "inside F: BN 1, conv 1, BN 2 and conv 2", equation, "h (s + 3 a)", "activation", "local", h * (s + 3 * a)
+def _revnet_head(setting: _Setting, last: _Stage) -> Module:
+    reads, kept = _result(setting, last)
+    nbytes = last.values * reads
+    stored = [_pixels("output of the head's ReLU", EQ_STORED, f"E_{last.index} v", nbytes)]
+    if not kept:
+        stored.append(_pixels("input of the head's BN", EQ_STORED, f"E_{last.index} v", nbytes))
+    gradient = _gradient("gradient of the head's ReLU", EQ_STORED, f"E_{last.index} v", nbytes)
+    channels = last.channels
+    work = (Work("backward", (gradient,)),)
+    return Module("head", last.index, _linear(setting, last) + 2 * channels, _buffers(channels, 1), tuple(stored), work)
+
+
+def _rebuilt_residual(
+    setting: _Setting, stage: _Stage, equation: str, gradients: tuple[Term, ...]
+) -> tuple[Work, Work, Work]:
+    """What autograd holds of one F = 2 x [BN, ReLU, conv] that is recomputed and differentiated at once."""
+    a, h = setting.a, stage.half
+    cast = setting.cast(FLOAT)
+    inside = [_local("inside F: BN 1, conv 1, BN 2 and conv 2", equation, "h (8 + 2 a)", h * (8 + 2 * a))]
+    if cast:
+        inside.append(_local("inside F: conv 1's input in 16 bit", equation, "h a", h * a))
+    # forward: conv 1 at work, or BN 2
+    passing = (_local("inside F: its input, BN 1 and conv 1", equation, "12 h", h * (8 + a + cast)),)
+    taken_off = (
+        *inside,
+        _local("inside F: its output", equation, "h a", h * a),
+        _scratch(_scratch_of_sum(setting, setting.chunk / a, a)),
     )
-    gradients = Term(
-        "inside F: gradients of conv 2 and of ReLU 2", equation, "2 h a", "gradient", "local", 2 * h * a
+    backward = [*inside, _gradient("inside F: gradients of conv 2 and of ReLU 2", equation, "2 h a", 2 * h * a)]
+    if setting.scaled or setting.g != a:
+        backward.append(_gradient("inside F: gradient times scale, or in 16 bit", equation, "h a", h * a))
+    return (
+        Work("forward", passing),
+        Work("backward", (*gradients, *taken_off)),
+        Work("backward", (*gradients, *backward)),
+    )
+
+
+def _end_of_stored_residual(setting: _Setting, stage: _Stage) -> Work:
+    """Where autograd stores: at the gradient of conv 1 of F, the first module of a block."""
+    a, v, h = setting.a, setting.v, stage.half
+    inside = v if setting.cast(v) else 2 * a
+    terms = (
+        _local("inputs of BN 1 and ReLU 1 of F", EQ_STORED, "2 h v", 2 * h * v),
+        _gradient("gradients of both halves, of conv 1's input and output", EQ_STORED, "3 h v + 2 h a, 16 bit: 4 h v",
+                  h * (3 * v + inside)),
     )  # fmt: skip
-    terms = [kept, gradients]
-    if setting.cast:
-        terms.append(Term("inside F: copies in 16 bit", equation, "2 h a", "activation", "local", 2 * h * setting.cast))
-    elif setting.cfg.residual_scale != 1:
-        terms.append(Term("gradient times scale", equation, "h s", "gradient", "local", h * s))
-    return tuple(terms)
+    return Work("backward", terms, ends=True)
 
 
 def _reversible(setting: _Setting) -> list[Module]:
     """A fully invertible trunk: iRevNet (Figure 4), layer-wise (5, 8), hybrid (9) and chunked."""
-    cfg, s = setting.cfg, setting.s
+    cfg = setting.cfg
     block = _BLOCKS[cfg.arch]
     stages = _stages(cfg, spread_depth(cfg.depth, len(cfg.pooling) + 1))
     last, width = stages[-1], float(cfg.width)
-    state = Term("state of the trunk", block.equation, "c s", "activation", "global", width * s)
-    gradient = Term("gradient of the state", block.equation, "c s", "gradient", None, width * s)
-    pooled = Term(
-        "gradient of the pooled features", EQ_TOTAL, "C S / (H W) * 4", "gradient", None,
-        setting.pooled(last) * SMALL_BYTES,
-    )  # fmt: skip
+    state = _pixels("state of the trunk", block.equation, "c s", width * setting.s)
+    gradient = _gradient("gradient of the state", block.equation, "c g", width * setting.g, None)
+    plain = (Work("backward", (gradient,)),)  # a pass that needs nothing else
     modules = [_stem(setting)]
-    if setting.inverts and setting.cast:
-        cast = Term("gradient of the stem's output, in 16 bit", block.equation, "c a", "gradient", "local",
-                    width * setting.cast)  # fmt: skip
-        modules.append(Module("input of the trunk", 0, stored=(state,), local=(gradient, pooled, cast)))
     for stage in stages:
-        if stage.index > 0:
-            modules.append(_pooling(setting, stage, state, (gradient, pooled)))
+        if stage.index > 0:  # a permutation: autograd keeps nothing of it
+            name = f"{cfg.pooling[stage.index - 1]} pooling {stage.index}"
+            inverted = {"stored": (state,), "work": plain} if setting.inverts else {}
+            modules.append(Module(name, stage.index, **inverted))
         for unit in range(stage.units):
             name = f"stage {stage.index + 1}, {block.unit} {unit + 1}"
             if setting.inverts:
-                stored, local, passing = (state,), (gradient, pooled, *block.local(setting, stage)), ()
+                stored, work = (state,), block.at_work(setting, stage, gradient)
             else:
-                stored, local, passing = (_stored_block(setting, stage, name),), (), (_adding(setting, stage),)
+                stored = (_stored_block(setting, stage, name),)
+                work = (_sum(setting, stage),)
+                if cfg.arch == "irevnet":
+                    work += (_end_of_stored_residual(setting, stage),)
             parameters, channels, norms = block.size(cfg, stage)
-            modules.append(Module(name, stage.index, parameters, _statistics(channels, norms), stored, local, passing))
-    if block.final:
-        stored, local, passing = (state,), (gradient, pooled), ()
-        if not setting.inverts:
-            stored = (
-                Term("BN, LeakyReLU: centred input and LeakyReLU's", EQ_STORED, "2 c s", "activation", "global",
-                     2 * width * s),
-            )  # fmt: skip
-            local = ()
-            passing = (
-                Term("BN: its input, and the product before the sum", EQ_STORED, "2 c s", "activation", "local",
-                     2 * width * s),
-            )  # fmt: skip
-        channels = last.channels
-        modules.append(Module("BN, LeakyReLU", last.index, 2 * channels, _statistics(channels), stored, local, passing))
-    if setting.inverts:
-        return [*modules, _head(setting, last, (gradient, pooled))]
-    last_norm = Term(
-        "gradients in the last BN, less what they have freed", EQ_STORED, "2 c s", "gradient", "local", 2 * width * s
-    )
-    return [*modules, _head(setting, last, (last_norm,))]
+            buffers = _buffers(channels, norms, setting.stream.is_integer)
+            modules.append(Module(name, stage.index, parameters, buffers, stored, work, not setting.inverts))
+    return [*modules, _readout(setting, last, state, plain)]
 
 
-def _pooling(setting: _Setting, stage: _Stage, state: Term, local: tuple[Term, ...]) -> Module:
-    name = f"{setting.cfg.pooling[stage.index - 1]} pooling {stage.index}"
+def _readout(setting: _Setting, last: _Stage, state: Term, plain: tuple[Work, ...]) -> Module:
+    norm, values, v = setting.cfg.arch != "layerwise", last.values, setting.v
+    parameters = _linear(setting, last) + 2 * last.channels * norm
+    buffers = _buffers(last.channels, 1) if norm else 0
     if setting.inverts:
-        return Module(name, stage.index, stored=(state,), local=local)
-    return Module(name, stage.index)  # a permutation: autograd keeps nothing of it
+        return Module("readout", last.index, parameters, buffers, (state,), plain, by_autograd=False)
+    pooled = 2 * values * 4**last.index / setting.pixels  # their sum, and their mean
+    passing = [_local("pooled features, twice", EQ_STORED, "8 C S / (H W)", pooled * FLOAT)]
+    stored = []
+    if norm:
+        stored.append(_pixels("inputs of BN and LeakyReLU", EQ_STORED, "c (v + 4)", values * (v + FLOAT)))
+        passing.append(_local("output of LeakyReLU", EQ_STORED, "4 c", values * FLOAT))
+    work = (Work("forward", tuple(passing)),)
+    return Module("readout", last.index, parameters, buffers, tuple(stored), work)
+
+
+# ---------------------------------------------------------------- what one unit stores under ordinary autograd
 
 
 def _stored_block(setting: _Setting, stage: _Stage, name: str) -> Term:
-    """What one unit stores under ordinary autograd."""
-    what, formula, nbytes = _STORED[setting.cfg.arch](setting, stage)
-    return Term(f"{name}: {what}", EQ_STORED, formula, "activation", "global", nbytes)
+    """F and G of one unit."""
+    what, formula, of_function = _STORED[setting.cfg.arch](setting, stage)
+    return _pixels(f"{name}: {what}", EQ_STORED, f"2 {formula}", 2 * of_function)
 
 
 def _stored_residual(setting: _Setting, stage: _Stage) -> tuple[str, str, float]:
-    """x2 and y1 (inputs of BN); in F and G two BN outputs, the inputs of conv, and conv 1's output."""
-    s, a, h = setting.s, setting.a, stage.values / 2
-    nbytes = 2 * h * (2 * s + setting.cast + 2 * a)
-    return "inputs of BNs and convolutions of F and G", "E (2 s + 2 a), 16 bit: + E a", nbytes
+    """Inputs of BN 1, ReLU 1, BN 2, ReLU 2; those of the convolutions are the same where nothing is cast."""
+    a, v = setting.a, setting.v
+    nbytes = stage.half * (2 * v + 2 * a + setting.cast(v))
+    return "inputs of BNs and convolutions of F and G", "h (2 v + 2 a + [v > a: a])", nbytes
 
 
 def _stored_layerwise(setting: _Setting, stage: _Stage) -> tuple[str, str, float]:
-    nbytes = stage.values * (2 * setting.s + setting.a)
-    return "inputs of F and G, of BN (centred) and LeakyReLU", "E (2 s + a)", nbytes
+    return "inputs of F and G, of BN (centred) and LeakyReLU", "h (2 v + a)", stage.half * (2 * setting.v + setting.a)
 
 
 def _stored_hybrid(setting: _Setting, stage: _Stage) -> tuple[str, str, float]:
-    half = _Stage(stage.index, stage.channels // 2, stage.values / 2, 0)
-    nbytes = 2 * UNITS_PER_BRANCH * _stored_layerwise(setting, half)[2]
-    return "inputs of the layers of F and G", "E (4 s + 2 a)", nbytes
+    _, formula, nbytes = _stored_layerwise(setting, stage)
+    return "inputs of the layers of F and G", f"{UNITS_PER_BRANCH} {formula}", UNITS_PER_BRANCH * nbytes
 
 
 def _stored_chunked(setting: _Setting, stage: _Stage) -> tuple[str, str, float]:
-    # ReLU's output doubles as conv 2's input; the others keep their own input as well.
-    tensors = 2 if setting.cfg.activation == "relu" else 3
-    hidden = 2 * tensors * _hidden(setting.cfg, stage) * stage.values / stage.channels
-    nbytes = (stage.values + hidden) * setting.a
-    return "inputs of F and G, of their BNs and conv 2", f"E a (1 + {tensors} e_t)", nbytes
+    a, v, h, e = setting.a, setting.v, stage.half, _expansion(setting.cfg, stage)
+    tensors = 1 if setting.cfg.activation == "relu" else 2  # ReLU's output is conv 2's input, too
+    if setting.cfg.norm == "hidden":
+        return "inputs of F and G, of BN and conv 2", f"h a (1 + {tensors + 1} e)", h * a * (1 + (tensors + 1) * e)
+    return "inputs of BN, conv 1 and conv 2", f"h (v + a + {tensors} e a)", h * (v + a + tensors * e * a)
 
 
 _STORED: dict[str, Callable[[_Setting, _Stage], tuple[str, str, float]]] = {
@@ -521,20 +602,9 @@ _STORED: dict[str, Callable[[_Setting, _Stage], tuple[str, str, float]]] = {
 }
 
 
-def _adding(setting: _Setting, stage: _Stage) -> Term:
-    """Under ordinary autograd, what lives while a block adds G's output to its half."""
-    h, cfg = stage.values / 2, setting.cfg
-    if cfg.arch == "layerwise":
-        return Term("BN: its input, and the product before the sum", EQ_STORED, "4 h s", "activation", "local",
-                    4 * h * setting.s)  # fmt: skip
-    # x and G's output; scaled; on the grid: three steps of rounding, and x before it (which RevNet stores anyhow);
-    # hybrid: y1, which no BN saves
-    rounding = 0 if not setting.snaps else 3 if cfg.arch == "revnet" else 5
-    halves = 3 + (cfg.residual_scale != 1) + rounding + (cfg.arch == "hybrid")
-    if cfg.arch == "revnet":
-        halves -= 2  # the stage's output, counted among what is stored, does not exist yet
-    return Term("the sum: x and G's output, scaled and rounded", EQ_STORED, f"{halves:g} h s", "activation", "local",
-                halves * h * setting.s)  # fmt: skip
+def _expansion(cfg: Any, stage: _Stage) -> float:
+    """Hidden channels of F for each channel of its input."""
+    return _hidden(cfg, stage) / (stage.channels // 2)
 
 
 def _hidden(cfg: Any, stage: _Stage) -> int:
@@ -548,62 +618,93 @@ def _hidden(cfg: Any, stage: _Stage) -> int:
 class _Block:
     equation: str
     unit: str = "block"
-    final: bool = True  # BN and LeakyReLU before the head
 
     def size(self, cfg: Any, stage: _Stage) -> tuple[int, int, int]:
         """(parameters, BN channels, BNs of torch's own) of one unit."""
         raise NotImplementedError
 
-    def local(self, setting: _Setting, stage: _Stage) -> tuple[Term, ...]:
-        """Alive only inside one unit's backward pass, besides the state and its gradient."""
-        return ()
+    def at_work(self, setting: _Setting, stage: _Stage, gradient: Term) -> tuple[Work, ...]:
+        """What is alive besides the state while one unit is walked back; `gradient` is that of the state."""
+        raise NotImplementedError
 
 
 class _Layerwise(_Block):
     def size(self, cfg, stage):
         return 9 * stage.channels**2 // 2 + 2 * stage.channels, stage.channels, 0
 
+    def at_work(self, setting, stage, gradient):
+        return (Work("backward", (gradient, _scratch(_scratch_of_convolution(setting, FLOAT, stage.channels // 2)))),)
+
 
 class _Hybrid(_Block):
+    """Leading BN and LeakyReLU are recomputed from the source, so signs of the second LeakyReLU only are kept."""
+
     def size(self, cfg, stage):
         half, count = stage.channels // 2, 2 * UNITS_PER_BRANCH
         return count * (9 * half**2 // 2 + 2 * half), count * half, 0
 
-    def local(self, setting, stage):
-        h, s = stage.values / 2, setting.s
+    def at_work(self, setting, stage, gradient):
+        h = stage.half
+        d = min(setting.a, FLOAT) if setting.stream.is_integer else FLOAT  # float16 of a 16-bit stream
+        inside = (
+            _local("inside F: its state", self.equation, "h d", h * d),
+            _local("inside F: signs of LeakyReLU 2, a bit each", self.equation, "h / 8", h / 8),
+        )
+        of_gradient = _gradient("inside F: gradient of its state", self.equation, "h g", h * setting.g)
+        taken_off = _scratch(_scratch_of_sum(setting, setting.chunk / d, d))
+        scratch = _scratch(_scratch_of_convolution(setting, d, stage.channels // 4))
         return (
-            Term("inside F: its state", self.equation, "h s", "activation", "local", h * s),
-            Term("inside F: gradient of its state", self.equation, "h s", "gradient", "local", h * s),
-            Term("inside F: signs of LeakyReLU's inputs, a bit each", self.equation, f"{UNITS_PER_BRANCH} h / 8",
-                 "activation", "local", UNITS_PER_BRANCH * h / 8),
-        )  # fmt: skip
+            Work("backward", (gradient, *inside, taken_off)),
+            Work("backward", (gradient, *inside, of_gradient, scratch)),
+        )
 
 
 class _IRevNet(_Block):
     def size(self, cfg, stage):
         return 9 * stage.channels**2 + 4 * stage.channels, 2 * stage.channels, 4
 
-    def local(self, setting, stage):
-        return _inside_residual(setting, stage, self.equation)
+    def at_work(self, setting, stage, gradient):
+        return _rebuilt_residual(setting, stage, self.equation, (gradient,))
 
 
 class _Chunked(_Block):
-    def size(self, cfg, stage):
-        hidden = _hidden(cfg, stage)
-        return 36 * (stage.channels // 2) * hidden + 4 * hidden, 2 * hidden, 2
+    """norm=input: everything inside F is alive for one chunk of the batch only; hidden: for the whole batch."""
 
-    def local(self, setting, stage):
+    def size(self, cfg, stage):
+        half, hidden = stage.channels // 2, _hidden(cfg, stage)
+        weights = 36 * half * hidden
+        if cfg.norm == "hidden":
+            return weights + 4 * hidden, 2 * hidden, 2
+        return weights + 2 * hidden + 4 * half, 2 * half, 2  # conv 1 has a bias
+
+    def at_work(self, setting, stage, gradient):
         cfg, a = setting.cfg, setting.a
-        chunk = min(getattr(cfg, "hidden_chunk", 2) * stage.channels // cfg.width, _hidden(cfg, stage))
-        k = chunk * stage.values / stage.channels
-        return (
-            Term("inside F: z of a chunk of hidden channels", self.equation, "k a", "activation", "local", k * a),
-            Term("inside F: its gradient", self.equation, "k a", "gradient", "local", k * a),
-        )
+        if cfg.norm == "hidden":
+            chunk = min(cfg.hidden_chunk * stage.channels // cfg.width, _hidden(cfg, stage))
+            k = chunk * stage.values / stage.channels
+            values = setting.chunk / setting.s
+            inside = (
+                _local("inside F: z of a chunk of hidden channels", self.equation, "k a", k * a),
+                _gradient("inside F: its gradient", self.equation, "k a", k * a),
+                _scratch(_scratch_of_sum(setting, values, a) + values * a * (1 + 2 * k / stage.half)),
+            )
+            return (Work("backward", (gradient, *inside)),)
+        e, values, cast = _expansion(cfg, stage), setting.chunk / FLOAT, setting.cast(FLOAT)
+        inside = FLOAT + cast + e * a * (1 if cfg.activation == "relu" else 2)  # BN, conv 1, conv 2
+        taken_off = values * (inside + a) + _scratch_of_sum(setting, values, a)
+        backward = values * (inside + 2 * e * a + a * (setting.scaled or setting.g != a))
+        return (Work("backward", (gradient, _scratch(max(taken_off, backward)))),)
+
+
+def _scratch_of_convolution(setting: _Setting, reads: int, channels: int) -> float:
+    """A coupling convolution over a chunk: its input, also in 16 bit, gradients, and that of the weights."""
+    a, values = setting.a, setting.chunk / reads
+    widened = (a + FLOAT) * (setting.g != a)
+    return values * (reads + setting.cast(reads) + a + widened) + 9 * channels**2 * FLOAT
 
 
 _BLOCKS: dict[str, _Block] = {
-    "layerwise": _Layerwise(EQ_LAYERWISE, unit="unit", final=False),
+    "layerwise": _Layerwise(EQ_LAYERWISE, unit="unit"),
     "hybrid": _Hybrid(EQ_HYBRID),
     "irevnet": _IRevNet(EQ_IREVNET),
     "chunked": _Chunked(EQ_CHUNKED),

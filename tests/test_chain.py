@@ -306,6 +306,17 @@ def test_coupling_on_a_grid_is_inverted_bit_by_bit_at_any_depth(make):
     assert not rebuilt_exactly("plain")
 
 
+@pytest.mark.parametrize("make", [prenorm, lambda channels: InvertibleBatchNorm2d(channels)], ids=["prenorm", "ours"])
+def test_our_batch_norms_inside_any_module_are_updated_once(make):
+    """In a Sequential they are a module like any other, which the backward pass computes again."""
+    chain = InvertibleChain([AdditiveCoupling(4, nn.Sequential(make(2)), nn.Sequential(make(2)))]).double()
+    norm = chain.layers[0].f[0]
+    norm = getattr(norm, "norm", norm)
+    chain(images()).square().sum().backward()
+    expected = 0.1 * images()[:, 2:].mean((0, 2, 3))
+    torch.testing.assert_close(norm.running_mean, expected)
+
+
 def test_the_grid_is_the_same_function_in_both_modes():
     def make():
         grid = Stream("float32", grid_bits=12)

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 MIB = 2**20
 
@@ -128,8 +127,8 @@ def set_chunk_mib(model: nn.Module, chunk_mib: float) -> None:
 
 @contextmanager
 def frozen_running_statistics(module: nn.Module) -> Iterator[None]:
-    """Let torch's own batch norms inside `module` normalise as in training, but update nothing."""
-    tracking = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    """Let batch norms inside `module`, torch's and ours, normalise as in training, but update nothing."""
+    tracking = [m for m in module.modules() if m.training and getattr(m, "track_running_stats", False)]
     for m in tracking:
         m.track_running_stats = False
     try:

@@ -37,6 +37,7 @@ class InvertibleBatchNorm2d(InvertibleLayer):
     """
 
     is_pointwise = True
+    track_running_stats = True  # False while a forward pass is computed again
 
     def __init__(self, channels: int, epsilon_i: float = 0.1, eps: float = 1e-5, momentum: float = 0.1):
         super().__init__()
@@ -111,6 +112,8 @@ class InvertibleBatchNorm2d(InvertibleLayer):
         return _per_channel(self.gain().detach().to(dtype)), _per_channel(self.bias.detach().to(dtype))
 
     def _update_running_statistics(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        if not self.track_running_stats:
+            return
         # The running variance is the unbiased one, as torch keeps it; only the inverse needs the biased one.
         unbiased = variance * (count / max(1, count - 1))
         for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):

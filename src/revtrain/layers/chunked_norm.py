@@ -91,6 +91,8 @@ class ChunkedNorm:
         mean = _add_up([self.read(self.source[sl]).sum((0, 2, 3)) for sl in self.chunks]) / self.count
         squares = [(self.read(self.source[sl]) - _per_channel(mean)).square_().sum((0, 2, 3)) for sl in self.chunks]
         variance = _add_up(squares) / self.count
+        if not norm.track_running_stats:  # a recomputation
+            return Statistics(mean, variance, True)
         with torch.no_grad():
             norm.num_batches_tracked.add_(1)
             unbiased = variance * (self.count / max(1, self.count - 1))  # as torch keeps it

@@ -169,7 +169,7 @@ def _without_repeats(model: nn.Module) -> nn.Module:
         if isinstance(module, Readout):
             module.forward_ = partial(_all_logits, module)
         elif isinstance(module, InvertibleLeakyReLU):
-            module.nothing_ = partial(_all_signs, module)
+            module.replay_to_walk_back_ = partial(_all_signs, module)
     return model
 
 

@@ -178,7 +178,7 @@ def trunk_chunked(pairs, options, hidden_chunk=None):
     stream, blocks = stream_of(options), []
     for f, g in pairs:
         if hidden_chunk is None:
-            blocks.append(AdditiveCoupling(options.channels, f, g, stream=stream))
+            blocks.append(AdditiveCoupling(options.channels, f, g, stream=stream, channels_last=True))
         else:
             block = ChunkedCoupling(options.channels, options.hidden, hidden_chunk=hidden_chunk, stream=stream)
             block.f, block.g = f, g

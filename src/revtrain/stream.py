@@ -104,11 +104,16 @@ class Stream:
         lost = [self.add_(state[sl], x[sl].to(_at_least_float32(x.dtype))) for sl in batch_chunks(x, chunk_bytes)]
         return state, torch.stack(lost).sum()
 
-    def decode(self, state: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The values of (a part of) a state in floating point: a contiguous copy. `dtype` is for integer states."""
+    def decode(
+        self,
+        state: Tensor,
+        dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Tensor:
+        """The values of (a part of) a state in floating point: a dense copy. `dtype` is for integer states."""
         if state.is_floating_point():
-            return state.clone(memory_format=torch.contiguous_format)
-        values = torch.empty(state.shape, dtype=dtype, device=state.device)
+            return state.clone(memory_format=memory_format)
+        values = torch.empty(state.shape, dtype=dtype, device=state.device, memory_format=memory_format)
         return values.copy_(state).mul_(2.0**-self.bits)
 
     def add_(self, state: Tensor, residual: Tensor, sign: int = 1) -> Tensor | None:

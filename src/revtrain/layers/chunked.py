@@ -107,7 +107,7 @@ class ChunkedCoupling(AdditiveCoupling):
         super().__init__(channels, f, g, scale=scale, stream=stream)
         self.hidden_chunk = hidden_chunk
 
-    def _branch(self, function: WideResidual) -> Branch:
+    def _branch(self, function: WideResidual, x: Tensor) -> Branch:
         overflows = getattr(self, "overflows", None)
         return _HiddenChunks(function, self.residual, self.hidden_chunk, self.chunk_bytes, overflows)
 

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 
 from revtrain.errors import RevtrainError
 from revtrain.invertible import Gradients, InvertibleLayer
-from revtrain.layers.branches import Branch, RecomputedBranch, Residual, WalkedBackBranch
+from revtrain.layers.branches import (
+    Branch,
+    RecomputedBranch,
+    Residual,
+    WalkedBackBranch,
+    convolution_format,
+)
 from revtrain.layers.prenorm import NormalisedBranch, PreNorm
 from revtrain.stream import PLAIN, Stream
 
@@ -35,6 +41,8 @@ class AdditiveCoupling(InvertibleLayer):
         scale: s in y1 = x1 + s F(x2), y2 = x2 + s G(y1).
         stream: the number format of x and y. On a grid (any but plain) the inverse is exact at any depth; the chain
             around it must be of the same stream.
+        channels_last: hand F and G their inputs in the memory format that convolutions are fastest in (see
+            `convolution_format`) rather than always contiguous. They must not `view` them, then.
 
     `overflows` counts the values that left the range of an integer stream in forward passes.
     Raises `RevtrainError` for an odd number of channels.
@@ -48,6 +56,7 @@ class AdditiveCoupling(InvertibleLayer):
         per_sample: bool = False,
         scale: float = 1.0,
         stream: Stream = PLAIN,
+        channels_last: bool = False,
     ):
         super().__init__()
         if channels < 2 or channels % 2:
@@ -55,7 +64,7 @@ class AdditiveCoupling(InvertibleLayer):
                 f"A coupling of {channels} channels cannot be split into two equal halves.\n"
                 f"Expected an even number: {channels + 1} or {max(2, channels - 1)}, say (see `width`)."
             )
-        self.channels, self.per_sample = channels, per_sample
+        self.channels, self.per_sample, self.channels_last = channels, per_sample, channels_last
         self.residual = Residual(scale, stream)
         self.f, self.g = f, g
         self.passes_integers = stream.is_integer
@@ -67,33 +76,34 @@ class AdditiveCoupling(InvertibleLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         x1, x2 = x.chunk(2, dim=1)
-        # Contiguous as in the lean form: some kernels round differently on a strided half.
-        y1 = x1 + self.residual.of(self.f(x2.contiguous()))
-        y2 = x2 + self.residual.of(self.g(y1))
+        # Dense as in the lean form: some kernels round differently on a strided half.
+        memory_format = self._memory_format(x)
+        y1 = x1 + self.residual.of(self.f(x2.contiguous(memory_format=memory_format)))
+        y2 = x2 + self.residual.of(self.g(y1.contiguous(memory_format=memory_format)))
         return torch.cat([y1, y2], dim=1)
 
     def forward_(self, x: Tensor) -> tuple[Tensor, Any]:
         x1, x2 = self._halves(x)
-        saved_f = self._branch(self.f).add_(x2, x1)
-        saved_g = self._branch(self.g).add_(x1, x2)
+        saved_f = self._branch(self.f, x).add_(x2, x1)
+        saved_g = self._branch(self.g, x).add_(x1, x2)
         return x, (saved_f, saved_g)
 
     def replay_(self, x: Tensor, saved: Any) -> Tensor:
         x1, x2 = self._halves(x)
-        self._branch(self.f).replay_(x2, x1, saved[0], sign=1)
-        self._branch(self.g).replay_(x1, x2, saved[1], sign=1)
+        self._branch(self.f, x).replay_(x2, x1, saved[0], sign=1)
+        self._branch(self.g, x).replay_(x1, x2, saved[1], sign=1)
         return x
 
     def inverse_(self, y: Tensor, saved: Any) -> Tensor:
         y1, y2 = self._halves(y)
-        self._branch(self.g).replay_(y1, y2, saved[1], sign=-1)
-        self._branch(self.f).replay_(y2, y1, saved[0], sign=-1)
+        self._branch(self.g, y).replay_(y1, y2, saved[1], sign=-1)
+        self._branch(self.f, y).replay_(y2, y1, saved[0], sign=-1)
         return y
 
     def backward_(self, y: Tensor, dy: Tensor, saved: Any, grads: Gradients) -> tuple[Tensor, Tensor]:
         (y1, y2), (dy1, dy2) = self._halves(y), self._halves(dy)
-        self._branch(self.g).undo_(y1, y2, dy1, dy2, saved[1], grads)  # y2 becomes x2; dy1 is complete
-        self._branch(self.f).undo_(y2, y1, dy2, dy1, saved[0], grads)  # y1 becomes x1; dy2 is complete
+        self._branch(self.g, y).undo_(y1, y2, dy1, dy2, saved[1], grads)  # y2 becomes x2; dy1 is complete
+        self._branch(self.f, y).undo_(y2, y1, dy2, dy1, saved[0], grads)  # y1 becomes x1; dy2 is complete
         return y, dy
 
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,13 +111,16 @@ class AdditiveCoupling(InvertibleLayer):
         half = self.channels // 2
         return x.narrow(1, 0, half), x.narrow(1, half, half)
 
-    def _branch(self, function: nn.Module) -> Branch:
-        overflows = getattr(self, "overflows", None)
+    def _memory_format(self, x: Tensor) -> torch.memory_format:
+        return convolution_format(x) if self.channels_last else torch.contiguous_format
+
+    def _branch(self, function: nn.Module, x: Tensor) -> Branch:
+        common = (function, self.residual, self.chunk_bytes, getattr(self, "overflows", None), self._memory_format(x))
         if isinstance(function, PreNorm):
-            return NormalisedBranch(function, self.residual, self.chunk_bytes, overflows)
+            return NormalisedBranch(*common)
         if isinstance(function, InvertibleLayer):
-            return WalkedBackBranch(function, self.residual, self.chunk_bytes, overflows)
-        return RecomputedBranch(function, self.residual, self.chunk_bytes, overflows, self.per_sample)
+            return WalkedBackBranch(*common)
+        return RecomputedBranch(*common, self.per_sample)
 
 
 class CouplingConv2d(AdditiveCoupling):
@@ -124,4 +137,4 @@ class CouplingConv2d(AdditiveCoupling):
             )
         half = max(1, channels // 2)
         f, g = (nn.Conv2d(half, half, kernel_size, padding=kernel_size // 2, bias=False) for _ in range(2))
-        super().__init__(channels, f, g, per_sample=True)
+        super().__init__(channels, f, g, per_sample=True, channels_last=True)

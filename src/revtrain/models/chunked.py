@@ -70,7 +70,7 @@ def build(cfg, classes: int, image_size: int) -> ReversibleNet:
         hidden = max(1, round(widths[stage] * half))
         if cfg.norm == "input":
             f, g = (residual(half, hidden, cfg.activation) for _ in range(2))
-            return [AdditiveCoupling(channels, f, g, scale=cfg.residual_scale, stream=stream)]
+            return [AdditiveCoupling(channels, f, g, scale=cfg.residual_scale, stream=stream, channels_last=True)]
         chunk = cfg.hidden_chunk * channels // cfg.width
         return [ChunkedCoupling(channels, hidden, chunk, cfg.activation, scale=cfg.residual_scale, stream=stream)]
 

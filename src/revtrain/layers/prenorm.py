@@ -83,9 +83,7 @@ class NormalisedBranch(Branch):
         norm.finish_(dsource, grads)
 
     def _norm(self, source: Tensor, statistics: Statistics | None = None) -> ChunkedNorm:
-        return ChunkedNorm(
-            self.function.norm, source, self.view, self._chunks(source), statistics, self.memory_format
-        )
+        return ChunkedNorm(self.function.norm, source, self.view, self._chunks(source), statistics, self.memory_format)
 
     def _chunks(self, source: Tensor) -> Iterator[slice]:
         # By the bytes of what the body reads: the stream itself may be narrower.

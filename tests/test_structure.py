@@ -32,12 +32,13 @@ MAY_IMPORT = {
     "optim": BASE | {"layers"},
     "device": BASE,
     "checkpoint": BASE,
-    "report": BASE,
+    "fidelity": BASE,
+    "report": BASE | {"fidelity"},
     "reporting": BASE,
     "measure": BASE | CORE | {"layers", "models", "optim", "device"},
     "plan": BASE | CORE | {"layers", "models", "measure", "optim", "device"},
     "theory": BASE | CORE | {"layers", "measure"},
-    "train": BASE | {"data", "models", "measure", "report", "checkpoint", "optim", "device", "plan"},
+    "train": BASE | {"fidelity", "data", "models", "measure", "report", "checkpoint", "optim", "device", "plan"},
     "cli": BASE | {"train", "report", "checkpoint", "__init__"},
 }
 

@@ -67,6 +67,7 @@ class ProbeConfig:
 
     batch: int = 64  # images in the probe batch
     every: int = 1  # epochs between two probes; 0: never
+    gradients: bool = True  # compare every parameter's gradient with that of backward=store, too
 
 
 @dataclass

@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from revtrain.fidelity import trusted
 from revtrain.files import write_atomic
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ HYPER_PARAMETERS = (
 )  # fmt: skip
 LINE_KEYS = (
     "epoch", "step", "lr", "loss_train", "loss_test", "accuracy_train", "accuracy_test", "train_images",
-    "train_seconds", "images_per_second", "snr_db", "stream_overflows", "peak_vram_mib",
+    "train_seconds", "images_per_second", "snr_db", "gradients", "stream_overflows", "peak_vram_mib",
 )  # fmt: skip
 # the columns of the HParams tab
 KEY_METRICS = ("accuracy/test", "snr_db/min", "memory/bytes_per_pixel")
@@ -37,6 +38,7 @@ LAYOUT = {
         "accuracy": ["Multiline", ["accuracy/test", "accuracy/train"]],
         "loss": ["Multiline", ["loss/test", "loss/train"]],
         "SNR (dB), minimum": ["Multiline", ["snr_db/min$"]],
+        "gradients, least cosine": ["Multiline", ["gradients/minimum_cosine"]],
         "SNR (dB), per layer": ["Multiline", ["snr_db/(?!min$)"]],
         "memory (bytes per pixel)": ["Multiline", ["memory/bytes_per_pixel"]],
         "memory (peak VRAM, MiB)": ["Multiline", ["memory/peak_vram_mib"]],
@@ -52,9 +54,11 @@ def new_result(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     `status` is completed, failed, interrupted (Ctrl-C), or planned (`plan=true`: nothing was trained). `plan` is
     what `revtrain.plan.Plan` lists, sizes in bytes, where `plan`, `memory_limit` or `batch=auto` asked for it;
     `config` then holds the number of images that `batch=auto` came to. `snr_db` is {"minimum", "minimum_layer",
-    "layers"} of the last probe, null in store mode. `stream_overflows` counts the values that left the range of an
-    integer stream since the run was started or resumed; null for other streams. `peak_vram_mib` is {"allocated",
-    "reserved"} over the training steps, null without CUDA. `memory_bytes` takes the peak of one training step apart.
+    "layers"} of the last probe, null in store mode. `gradients` is what `revtrain.fidelity.summarise_gradients` returns
+    for it, and `gradients_trusted` whether every one pointed the right way at every probe. `stream_overflows` counts
+    the values that left the range of an integer stream since the run was started or resumed; null for other streams.
+    `peak_vram_mib` is {"allocated", "reserved"} over the training steps, null without CUDA. `memory_bytes` takes the
+    peak of one training step apart.
     `train_seconds` counts training steps only, and includes those of a run that was resumed.
     """
     return {
@@ -68,6 +72,8 @@ def new_result(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         "train_seconds": None,
         "images_per_second": None,
         "snr_db": None,
+        "gradients": None,
+        "gradients_trusted": None,
         "stream_overflows": None,
         "peak_vram_mib": None,
         "bytes_per_pixel": None,
@@ -176,6 +182,7 @@ class Report:
         self._update_result()
 
         snr = line["snr_db"] or {"minimum": None, "layers": {}}
+        gradients = line.get("gradients") or {"minimum_cosine": None, "maximum_relative_error": None}
         vram = line["peak_vram_mib"] or {"allocated": None}
         scalars = {
             "accuracy/train": line["accuracy_train"],
@@ -184,6 +191,8 @@ class Report:
             "loss/test": line["loss_test"],
             "lr": line["lr"],
             "snr_db/min": snr["minimum"],
+            "gradients/minimum_cosine": gradients["minimum_cosine"],
+            "gradients/maximum_relative_error": gradients["maximum_relative_error"],
             **{f"snr_db/{layer}": value for layer, value in snr["layers"].items()},
             "memory/peak_vram_mib": vram["allocated"],
             "memory/bytes_per_pixel": self.result["bytes_per_pixel"],
@@ -213,6 +222,7 @@ class Report:
         rows = {
             "test accuracy": f"{accuracy} (best {best})",
             "minimum SNR": _snr(snr),
+            "gradients": _gradients(result),
             "memory": f"{result['bytes_per_pixel']:.1f} bytes per pixel, weights and their gradients apart",
             "peak VRAM": "no CUDA",
             "speed": f"{result['images_per_second']:,.0f} images/s, {result['train_seconds']:,.0f} s in all",
@@ -229,6 +239,7 @@ class Report:
     def _update_result(self) -> None:
         trained = [line for line in self.history if line["train_seconds"] is not None]
         probed = [line["snr_db"] for line in self.history if line["snr_db"]]
+        compared = [line["gradients"] for line in self.history if line.get("gradients")]
         peaks = [line["peak_vram_mib"] for line in self.history if line["peak_vram_mib"]]
         accuracies = [line["accuracy_test"] for line in trained if line["accuracy_test"] is not None]
         seconds = sum(line["train_seconds"] for line in trained)
@@ -239,6 +250,8 @@ class Report:
             train_seconds=seconds if trained else None,
             images_per_second=sum(line["train_images"] for line in trained) / seconds if seconds else None,
             snr_db=probed[-1] if probed else None,
+            gradients=compared[-1] if compared else None,
+            gradients_trusted=all(trusted(each) for each in compared) if compared else None,
             stream_overflows=self.history[-1].get("stream_overflows"),
             peak_vram_mib={key: max(peak[key] for peak in peaks) for key in peaks[0]} if peaks else None,
         )
@@ -259,6 +272,13 @@ def _snr(snr: dict[str, Any] | None) -> str:
     if snr["minimum"] >= EXACT_DB:
         return "exact: every layer's input was rebuilt to the last bit"
     return f"{snr['minimum']:.1f} dB at {snr['minimum_layer']}"
+
+
+def _gradients(result: dict[str, Any]) -> str:
+    if result["gradients"] is None:
+        return "not compared"
+    cosine = f"cosine of at least {result['gradients']['minimum_cosine']:.4f} to the true ones"
+    return cosine if result["gradients_trusted"] else f"{cosine}; NOT to be trusted, see the warning above"
 
 
 def _percent(accuracy: float | None) -> str:

@@ -21,6 +21,7 @@ from revtrain import checkpoint
 from revtrain import device as devices
 from revtrain.config import REVERSIBLE, validate
 from revtrain.errors import RevtrainError
+from revtrain.fidelity import FidelityWatch, summarise_gradients
 from revtrain.files import DISK_FULL
 from revtrain.optim import learning_rate, make_optimizer
 from revtrain.report import LINE_KEYS, Report, holds_run
@@ -134,7 +135,7 @@ def _fit(
     resumed: dict[str, Any] | None,
 ) -> None:
     from revtrain.data import augment, draw_augmentation, normalise
-    from revtrain.measure import measure_step_memory, probe_snr
+    from revtrain.measure import measure_step_memory, probe_gradients, probe_snr
     from revtrain.models import build_model
 
     images, labels = data.train.images, data.train.labels
@@ -175,15 +176,29 @@ def _fit(
         log.info("resume     %s after epoch %d", cfg.resume, start)
     report.start(history)
 
-    # ---- probe: the SNR of reconstructed activations on one fixed, unaugmented batch -------------
+    # ---- probe: SNR of reconstructed activations, and gradients, on one fixed, unaugmented batch -
     chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[: cfg.probe.batch]
+    comparing = cfg.probe.gradients
 
-    def probe(epoch: int) -> dict[str, Any] | None:
+    def probe(epoch: int) -> dict[str, Any]:
         if cfg.probe.every == 0 or epoch % cfg.probe.every:
-            return None
-        inputs = normalise(images[chosen].to(device), mean, std)
+            return {}
+        batch = normalise(images[chosen].to(device), mean, std), labels[chosen].to(device)
         with devices.autocast(device, cfg.precision):
-            return summarise_snr(probe_snr(model, inputs, labels[chosen].to(device)))
+            found = {"snr_db": summarise_snr(probe_snr(model, *batch))}
+            if comparing:
+                found["gradients"] = compare_gradients(batch)
+        return found
+
+    def compare_gradients(batch: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Any] | None:
+        nonlocal comparing
+        try:
+            return summarise_gradients(probe_gradients(model, *batch))
+        except torch.OutOfMemoryError:  # the comparison stores every activation: training goes on without it
+            comparing = False
+            log.warning("probe      not enough memory to store the activations of %d images: gradients are not\n"
+                        "           compared from here on. Try a smaller probe.batch.", len(batch[1]))  # fmt: skip
+            return None
 
     def save(epoch: int) -> None:
         checkpoint.save(
@@ -199,11 +214,12 @@ def _fit(
             },
         )
 
+    overflows, fidelity = _Overflows(model, cfg), FidelityWatch(cfg)
     if not history:
-        report.epoch(_line(epoch=0, step=0, snr_db=probe(0)))
+        first = _line(epoch=0, step=0, **probe(0))
+        report.epoch(first)
+        fidelity.look(first)
     save(start)  # also the first epoch can be interrupted
-
-    overflows = _Overflows(model, cfg)
 
     # ---- the loop --------------------------------------------------------------------------------
     for epoch in range(start + 1, cfg.epochs + 1):
@@ -269,11 +285,12 @@ def _fit(
             train_images=trained,
             train_seconds=seconds,
             images_per_second=trained / seconds,
-            snr_db=probe(epoch),
+            **probe(epoch),
             stream_overflows=overflows.count() if overflows.applies else None,
             peak_vram_mib=peak,
         )
         report.epoch(line)
+        fidelity.look(line)
         save(epoch)
         log.info("%s", _summary(line, cfg.epochs))
 

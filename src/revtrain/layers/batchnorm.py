@@ -60,7 +60,7 @@ class InvertibleBatchNorm2d(InvertibleLayer):
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
         if sign == "mixed":
-            self.register_buffer("signs", torch.randint(0, 2, (channels,)) * 2.0 - 1.0)
+            self.register_buffer("signs", torch.randint(0, 2, (channels,), dtype=torch.int8) * 2 - 1)
         else:
             self.signs = 1 if sign == "positive" else -1
 

@@ -1,7 +1,8 @@
 """What a run leaves behind: metrics.jsonl, result.json, TensorBoard events, a table on the terminal.
 
 `metrics.jsonl` has one line an epoch, epoch 0 being the state before the first step (see `Report.epoch`).
-`result.json` is written in one step at the end, whatever the end was (see `new_result`).
+`result.json` is written in one step when training starts, with the status `running`, and again at the end, whatever
+the end was (see `new_result`).
 Both are strict JSON: a value that was not measured, or is not finite, is null.
 
 This module does not import torch until a run starts, so that a refused configuration is answered at once.
@@ -49,7 +50,8 @@ LAYOUT = {
 def new_result(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """result.json as it is before anything was measured. Units are in the names; accuracies are 0..1.
 
-    `status` is completed, failed, interrupted (Ctrl-C), or planned (`plan=true`: nothing was trained). `plan` is
+    `status` is completed, failed, interrupted (Ctrl-C), planned (`plan=true`: nothing was trained), or running, which
+    is also what a killed run leaves behind. `plan` is
     what `revtrain.plan.Plan` lists, sizes in bytes, where `plan`, `memory_limit` or `batch=auto` asked for it;
     `config` then holds the number of images that `batch=auto` came to. `snr_db` is {"minimum", "minimum_layer",
     "layers"} of the last probe, null in store mode. `stream_overflows` counts the values that left the range of an
@@ -146,10 +148,12 @@ class Report:
         )
 
     def start(self, history: list[dict[str, Any]]) -> None:
-        """Open the files; the lines of a run that is continued come first."""
+        """Open the files; the lines of a run that is continued come first, in place of those it left here."""
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
+        for left in (self.run_dir / "metrics.jsonl", *self.run_dir.glob("events.out.tfevents.*")):
+            left.unlink(missing_ok=True)
         self._writer = SummaryWriter(str(self.run_dir))
         config = self.result["config"]
         values = {key: config[key] for key in HYPER_PARAMETERS}
@@ -161,6 +165,7 @@ class Report:
         self._writer.add_custom_scalars(LAYOUT)
         for line in history:
             self.epoch(line)
+        write_result(self.run_dir, {**self.result, "status": "running"})
 
     def epoch(self, line: dict[str, Any]) -> None:
         """Append one epoch.

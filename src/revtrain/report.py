@@ -152,8 +152,9 @@ class Report:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        for left in (self.run_dir / "metrics.jsonl", *self.run_dir.glob("events.out.tfevents.*")):
-            left.unlink(missing_ok=True)
+        write_atomic(self.run_dir / "metrics.jsonl", b"".join(map(_encoded, history)))
+        for events in self.run_dir.glob("events.out.tfevents.*"):
+            events.unlink()
         self._writer = SummaryWriter(str(self.run_dir))
         config = self.result["config"]
         values = {key: config[key] for key in HYPER_PARAMETERS}
@@ -164,7 +165,7 @@ class Report:
         self._writer.file_writer.add_summary(session_start)
         self._writer.add_custom_scalars(LAYOUT)
         for line in history:
-            self.epoch(line)
+            self._take(line)
         write_result(self.run_dir, {**self.result, "status": "running"})
 
     def epoch(self, line: dict[str, Any]) -> None:
@@ -174,9 +175,13 @@ class Report:
             line: the `LINE_KEYS`; accuracies are 0..1, `lr` is that of the last step, `snr_db` and
                 `peak_vram_mib` are as in result.json; None where not measured.
         """
+        with open(self.run_dir / "metrics.jsonl", "ab") as file:
+            file.write(_encoded(line))
+        self._take(line)
+
+    def _take(self, line: dict[str, Any]) -> None:
+        """Take a line into the result and the dashboard."""
         line = _finite(line)
-        with open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
         self.history.append(line)
         self._update_result()
 
@@ -247,6 +252,11 @@ class Report:
             stream_overflows=self.history[-1].get("stream_overflows"),
             peak_vram_mib={key: max(peak[key] for peak in peaks) for key in peaks[0]} if peaks else None,
         )
+
+
+def _encoded(line: dict[str, Any]) -> bytes:
+    """As it stands in metrics.jsonl."""
+    return (json.dumps(_finite(line), allow_nan=False) + "\n").encode()
 
 
 def _finite(value: Any) -> Any:

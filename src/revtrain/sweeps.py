@@ -119,14 +119,15 @@ def resume_from(run_dir: Path) -> Path | None:
 
     run_dir = Path(run_dir)
     result = read_result(run_dir)
-    if (run_dir / checkpoint.NAME).exists() and not (result and result["status"] == "failed"):
+    if result and result["status"] == "failed":
+        log.info("sweep      repeated; before: %s", outcome(result))
+    else:
         try:
             checkpoint.load(run_dir)
             return run_dir
         except RevtrainError as error:
-            log.warning("sweep      from the start: %s", error)
-    elif result:
-        log.info("sweep      repeated; before: %s", outcome(result))
+            if (run_dir / checkpoint.NAME).exists():
+                log.warning("sweep      from the start: %s", error)
     # result.json last: as long as it says `failed`, nothing of this is resumed
     leftovers = [each for each in run_dir.iterdir() if each.name not in KEPT]
     for each in sorted(leftovers, key=lambda each: each.name == "result.json"):

@@ -111,7 +111,7 @@ def _train(cfg: Any, run_dir: Path, report: Report) -> str:
     generator = torch.Generator().manual_seed(cfg.seed)
     if resumed is not None:
         for difference in checkpoint.check_compatible(
-            resumed, report.result["config"], classes, _in_place(cfg, run_dir)
+            resumed, report.result["config"], classes, in_place=_in_place(cfg, run_dir)
         ):
             log.warning("resume     no longer bit-equal to an uninterrupted run: %s", difference)
     log.info("data       %s: %d + %d images, %dx%d, %d classes",

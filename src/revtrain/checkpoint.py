@@ -87,9 +87,7 @@ def load(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def check_compatible(
-    state: dict[str, Any], config: dict[str, Any], classes: int, in_place: bool = False
-) -> list[str]:
+def check_compatible(state: dict[str, Any], config: dict[str, Any], classes: int, in_place: bool = False) -> list[str]:
     """Compare a checkpoint with the run that wants to continue it.
 
     Args:

@@ -314,6 +314,11 @@ def explain(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, MissingConfigException):
         return _explain_group(error)
+    if match := re.search(r"Unknown plugin class : '(hydra_plugins\.\w+)", str(error)):
+        return (
+            f"A launcher or sweeper was chosen that is not installed ({match[1]}).\n"
+            'Install the launchers with: pip install -e ".[sweep]"'
+        )
     if isinstance(error, OverrideParseException):
         return (
             f"{error.override!r} was given; expected key=value, as in depth=8 or pooling=[channel,batch].\n"
@@ -343,11 +348,6 @@ def _explain_group(error: MissingConfigException) -> str | None:
 
 def _explain_composition(error: BaseException) -> str:
     text = str(error)
-    if match := re.search(r"Error locating target '(hydra_plugins\.\w+)", text):
-        return (
-            f"A launcher was chosen that is not installed ({match[1]}).\n"
-            'Install the launchers with: pip install -e ".[sweep]"'
-        )
     if match := re.search(r"Ambiguous value for argument '(.+)'", text):
         return (
             f"{match[1]} was given; one run takes one value.\n"

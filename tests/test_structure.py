@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "layers": BASE | CORE,
     "models": BASE | CORE | {"layers"},
     "data": BASE,
-    "optim": BASE,
+    "optim": BASE | {"layers"},
     "device": BASE,
     "checkpoint": BASE,
     "report": BASE,

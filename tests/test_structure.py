@@ -39,7 +39,8 @@ MAY_IMPORT = {
     "plan": BASE | CORE | {"layers", "models", "measure", "optim", "device"},
     "theory": BASE | CORE | {"layers", "measure"},
     "train": BASE | {"fidelity", "data", "models", "measure", "report", "checkpoint", "optim", "device", "plan"},
-    "cli": BASE | {"train", "report", "checkpoint", "__init__"},
+    "sweeps": BASE | {"report", "checkpoint"},
+    "cli": BASE | {"train", "report", "checkpoint", "sweeps", "conf", "__init__"},
 }
 
 

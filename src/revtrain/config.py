@@ -128,6 +128,14 @@ def schema(node: type = Config, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"data": {"name": ...}} as {"data.name": ...}."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
 def expected(key: str) -> str:
     """What a value of `key` must be, in words."""
     if key == "batch":

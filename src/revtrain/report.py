@@ -1,7 +1,8 @@
 """What a run leaves behind: metrics.jsonl, result.json, TensorBoard events, a table on the terminal.
 
 `metrics.jsonl` has one line an epoch, epoch 0 being the state before the first step (see `Report.epoch`).
-`result.json` is written in one step at the end, whatever the end was (see `new_result`).
+`result.json` is written in one step when training starts, with the status `running`, and again at the end, whatever
+the end was (see `new_result`).
 Both are strict JSON: a value that was not measured, or is not finite, is null.
 
 This module does not import torch until a run starts, so that a refused configuration is answered at once.
@@ -51,7 +52,8 @@ LAYOUT = {
 def new_result(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """result.json as it is before anything was measured. Units are in the names; accuracies are 0..1.
 
-    `status` is completed, failed, interrupted (Ctrl-C), or planned (`plan=true`: nothing was trained). `plan` is
+    `status` is completed, failed, interrupted (Ctrl-C), planned (`plan=true`: nothing was trained), or running, which
+    is also what a killed run leaves behind. `plan` is
     what `revtrain.plan.Plan` lists, sizes in bytes, where `plan`, `memory_limit` or `batch=auto` asked for it;
     `config` then holds the number of images that `batch=auto` came to. `snr_db` is {"minimum", "minimum_layer",
     "layers"} of the last probe, null in store mode. `gradients` is what `revtrain.fidelity.summarise_gradients` returns
@@ -152,10 +154,13 @@ class Report:
         )
 
     def start(self, history: list[dict[str, Any]]) -> None:
-        """Open the files; the lines of a run that is continued come first."""
+        """Open the files; the lines of a run that is continued come first, in place of those it left here."""
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
+        write_atomic(self.run_dir / "metrics.jsonl", b"".join(map(_encoded, history)))
+        for events in self.run_dir.glob("events.out.tfevents.*"):
+            events.unlink()
         self._writer = SummaryWriter(str(self.run_dir))
         config = self.result["config"]
         values = {key: config[key] for key in HYPER_PARAMETERS}
@@ -166,7 +171,8 @@ class Report:
         self._writer.file_writer.add_summary(session_start)
         self._writer.add_custom_scalars(LAYOUT)
         for line in history:
-            self.epoch(line)
+            self._take(line)
+        write_result(self.run_dir, {**self.result, "status": "running"})
 
     def epoch(self, line: dict[str, Any]) -> None:
         """Append one epoch.
@@ -175,9 +181,13 @@ class Report:
             line: the `LINE_KEYS`; accuracies are 0..1, `lr` is that of the last step, `snr_db` and
                 `peak_vram_mib` are as in result.json; None where not measured.
         """
+        with open(self.run_dir / "metrics.jsonl", "ab") as file:
+            file.write(_encoded(line))
+        self._take(line)
+
+    def _take(self, line: dict[str, Any]) -> None:
+        """Take a line into the result and the dashboard."""
         line = _finite(line)
-        with open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
         self.history.append(line)
         self._update_result()
 
@@ -255,6 +265,11 @@ class Report:
             stream_overflows=self.history[-1].get("stream_overflows"),
             peak_vram_mib={key: max(peak[key] for peak in peaks) for key in peaks[0]} if peaks else None,
         )
+
+
+def _encoded(line: dict[str, Any]) -> bytes:
+    """As it stands in metrics.jsonl."""
+    return (json.dumps(_finite(line), allow_nan=False) + "\n").encode()
 
 
 def _finite(value: Any) -> Any:

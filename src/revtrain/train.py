@@ -44,12 +44,12 @@ def train(cfg: Any, run_dir: str | Path, overrides: list[str] | None = None) -> 
 
     Raises:
         RevtrainError: the configuration, the data or the checkpoint cannot be used, the disk or the memory is
-            full, or the loss is no longer finite; or `run_dir` holds a run already.
+            full, or the loss is no longer finite; or `run_dir` holds a run already, and not the one to resume.
         KeyboardInterrupt: Ctrl-C.
         In both cases result.json says so and last.pt holds the last completed epoch, epoch 0 being the start.
     """
     run_dir = Path(run_dir)
-    if holds_run(run_dir):
+    if holds_run(run_dir) and not _in_place(cfg, run_dir):
         raise RevtrainError(
             f"{run_dir} already holds a run; nothing of it was changed.\n"
             "Choose another folder, or leave hydra.run.dir out: each run then gets a new one."
@@ -111,7 +111,9 @@ def _train(cfg: Any, run_dir: Path, report: Report) -> str:
     cap_memory(cfg, device)
     generator = torch.Generator().manual_seed(cfg.seed)
     if resumed is not None:
-        for difference in checkpoint.check_compatible(resumed, report.result["config"], classes):
+        for difference in checkpoint.check_compatible(
+            resumed, report.result["config"], classes, in_place=_in_place(cfg, run_dir)
+        ):
             log.warning("resume     no longer bit-equal to an uninterrupted run: %s", difference)
     log.info("data       %s: %d + %d images, %dx%d, %d classes",
              cfg.data.name, available, len(data.test.labels), size, size, classes)  # fmt: skip
@@ -123,6 +125,14 @@ def _train(cfg: Any, run_dir: Path, report: Report) -> str:
             raise
         raise _out_of_memory(cfg, classes, size, device) from error
     return "completed"
+
+
+def _in_place(cfg: Any, run_dir: Path) -> bool:
+    """Whether the run to resume is the one of this folder."""
+    if cfg.resume is None:
+        return False
+    resumed = Path(cfg.resume)
+    return (resumed.parent if resumed.name == checkpoint.NAME else resumed).resolve() == run_dir.resolve()
 
 
 def _fit(

@@ -149,7 +149,8 @@ def read_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
             "variant": "the paper's choices" if papers else "ours", "backward": config["backward"],
             "seed": config["seed"], "diverged": diverged,
             "accuracy": None if diverged else 100 * result["test_accuracy"],
-            **{f"{name}_{when}": value for when, line in _ends(probes, diverged) for name, value in _fidelity(line).items()},
+            **{f"{name}_{when}": value
+               for when, line in _ends(probes, diverged) for name, value in _fidelity(line).items()},
         })  # fmt: skip
     return runs
 

@@ -249,7 +249,7 @@ class Report:
     def _update_result(self) -> None:
         trained = [line for line in self.history if line["train_seconds"] is not None]
         probed = [line["snr_db"] for line in self.history if line["snr_db"]]
-        compared = [line["gradients"] for line in self.history if line.get("gradients")]
+        compared = [line for line in self.history if line.get("gradients")]
         peaks = [line["peak_vram_mib"] for line in self.history if line["peak_vram_mib"]]
         accuracies = [line["accuracy_test"] for line in trained if line["accuracy_test"] is not None]
         seconds = sum(line["train_seconds"] for line in trained)
@@ -260,7 +260,7 @@ class Report:
             train_seconds=seconds if trained else None,
             images_per_second=sum(line["train_images"] for line in trained) / seconds if seconds else None,
             snr_db=probed[-1] if probed else None,
-            gradients=compared[-1] if compared else None,
+            gradients=compared[-1]["gradients"] if compared else None,
             gradients_trusted=all(trusted(each) for each in compared) if compared else None,
             stream_overflows=self.history[-1].get("stream_overflows"),
             peak_vram_mib={key: max(peak[key] for peak in peaks) for key in peaks[0]} if peaks else None,

@@ -31,14 +31,16 @@ MAY_IMPORT = {
     "data": BASE,
     "optim": BASE,
     "device": BASE,
-    "checkpoint": BASE,
+    "launch": {"errors"},
+    "distributed": BASE | {"launch", "layers"},
+    "checkpoint": BASE | {"launch"},
     "report": BASE,
     "reporting": BASE,
     "measure": BASE | CORE | {"layers", "models", "optim", "device"},
     "plan": BASE | CORE | {"layers", "models", "measure", "optim", "device"},
     "theory": BASE | CORE | {"layers", "measure"},
-    "train": BASE | {"data", "models", "measure", "report", "checkpoint", "optim", "device", "plan"},
-    "cli": BASE | {"train", "report", "checkpoint", "__init__"},
+    "train": BASE | {"data", "models", "measure", "report", "checkpoint", "optim", "device", "plan", "distributed"},
+    "cli": BASE | {"train", "report", "checkpoint", "launch", "__init__"},
 }
 
 

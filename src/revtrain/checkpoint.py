@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from revtrain import launch
 from revtrain.errors import RevtrainError
 from revtrain.files import write_atomic
 
@@ -172,7 +173,7 @@ def restore(
 def command(overrides: list[str], resume: str | Path) -> str:
     """The command line that continues a run."""
     kept = [each for each in overrides if not each.startswith("resume=")]
-    return shlex.join(["revtrain", *kept, f"resume={resume}"])
+    return shlex.join([*launch.command(), *kept, f"resume={resume}"])
 
 
 def _flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     said = io.StringIO()
     with redirect_stdout(said), redirect_stderr(said):
         code = _command(launch.silenced(argv))
-    if code not in (COMPLETED, INTERRUPTED):
+    if code in (BUG, MENDABLE):
         time.sleep(PATIENCE_SECONDS)  # if the first process fails, too, torchrun ends this one now
         _say(said.getvalue())
     return code

@@ -160,8 +160,7 @@ def _fit(
     torch.manual_seed(cfg.seed)
     model = build_model(cfg, classes=classes, image_size=size).to(device)
     network = team.wrap(model)  # what a training step calls
-    share, own = team.share(cfg.batch), team.own(cfg.batch)  # of each batch: how many images, and which
-    memory = measure_step_memory(cfg, classes, size, share)
+    memory = measure_step_memory(cfg, classes, size, team.share(cfg.batch))
     report.result.update(
         params=sum(p.numel() for p in model.parameters()),
         bytes_per_pixel=memory.bytes_per_pixel,
@@ -238,6 +237,7 @@ def _fit(
             for step in range(steps_per_epoch):
                 picked = order[step * cfg.batch : (step + 1) * cfg.batch]
                 draws = draw_augmentation(cfg.batch, size, cfg.data.augment, generator)
+                own = team.own(cfg.batch)  # all processes draw the same
                 picked, draws = picked[own], Draws(*(draw[own] for draw in draws))
                 inputs = augment(images[picked].to(device), draws, mean, std, cfg.data.augment)
                 inputs = inputs.to(devices.DTYPES[cfg.precision])  # as the first convolution would
@@ -257,20 +257,19 @@ def _fit(
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
 
-                losses[step] = loss.detach()
-                correct += (logits.detach().argmax(1) == targets).sum()
+                losses[step] = team.mean(loss.detach())
+                correct += team.sum((logits.detach().argmax(1) == targets).sum())
                 del inputs, logits, loss  # or they would still be there when the next step makes its own
                 bar.update(cfg.batch)
                 if (step + 1) % CHECK_EVERY == 0:
-                    _check_finite(team.mean(losses[: step + 1]), epoch, cfg)
+                    _check_finite(losses[: step + 1], epoch, cfg)
                     if not bar.disable:
-                        done = (step + 1) * share
+                        done = (step + 1) * cfg.batch
                         bar.set_postfix(loss=f"{losses[: step + 1].mean().item():.3f}",
                                         accuracy=f"{correct.item() / done:.3f}")  # fmt: skip
             devices.synchronize(device)
         seconds = time.perf_counter() - started
         peak = devices.peak_vram_mib(device)
-        losses, correct = team.mean(losses), team.sum(correct)
         _check_finite(losses, epoch, cfg)
         _check_weights(model, epoch, cfg)
         overflows.warn_once(epoch)

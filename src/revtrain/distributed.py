@@ -32,6 +32,7 @@ from revtrain.layers import synchronise_batch_norms
 # Lost processes are noticed otherwise: this bounds how long the others wait for one that downloads or decodes images.
 TIMEOUT = timedelta(hours=1)
 PATIENCE_SECONDS = 10.0  # that the leader gets to write what went wrong in another process
+SAY_WHY_SECONDS = 0.5  # that a process may take between its end and its word on why
 LEAST_SHARE = 2  # images a process: the memory of a step is told from two sizes
 
 
@@ -218,15 +219,16 @@ class Team:
     def _cause(self, error: BaseException) -> BaseException:
         """The first failure of all: the processes ask the store, which takes the first one's."""
         lost = isinstance(error, RuntimeError) and any(word in str(error) for word in ("onnection", "gloo", "NCCL"))
-        if lost:
-            time.sleep(0.5)  # the other may be about to say why
         own = {"rank": self.rank, "kind": _kind(error), "text": _text(error)}
+        if lost:
+            own |= {"kind": "RevtrainError", "text": f"Another of the {self.size} processes ended without a word."}
         try:
-            if lost and not self._store.check(["failure"]):
-                own |= {"kind": "RevtrainError", "text": f"Another of the {self.size} processes ended without a word."}
+            until = time.monotonic() + SAY_WHY_SECONDS
+            while lost and time.monotonic() < until and not self._store.check(["failure"]):
+                time.sleep(0.05)
             first = json.loads(self._store.compare_set("failure", "", json.dumps(own)))
         except Exception:  # the store went with the process that held it
-            return error
+            first = own
         if first["rank"] == self.rank and not lost:
             return error
         if first["kind"] == "KeyboardInterrupt":

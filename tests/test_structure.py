@@ -29,18 +29,22 @@ MAY_IMPORT = {
     "layers": BASE | CORE,
     "models": BASE | CORE | {"layers"},
     "data": BASE,
-    "optim": BASE,
+    "optim": BASE | {"layers"},
     "device": BASE,
     "launch": {"errors"},
     "distributed": BASE | {"launch", "layers"},
     "checkpoint": BASE | {"launch"},
-    "report": BASE,
+    "fidelity": BASE,
+    "report": BASE | {"fidelity"},
     "reporting": BASE,
     "measure": BASE | CORE | {"layers", "models", "optim", "device"},
     "plan": BASE | CORE | {"layers", "models", "measure", "optim", "device"},
     "theory": BASE | CORE | {"layers", "measure"},
-    "train": BASE | {"data", "models", "measure", "report", "checkpoint", "optim", "device", "plan", "distributed"},
-    "cli": BASE | {"train", "report", "checkpoint", "launch", "__init__"},
+    "train": BASE
+    | {"data", "layers", "models", "measure", "report", "checkpoint", "optim", "device", "plan"}
+    | {"distributed", "fidelity"},
+    "sweeps": BASE | {"report", "checkpoint"},
+    "cli": BASE | {"train", "report", "checkpoint", "sweeps", "conf", "launch", "__init__"},
 }
 
 

@@ -161,6 +161,10 @@ class Team:
         """The mean over the processes; the values stay as they are."""
         return self.sum(values) / self.size if self.size > 1 else values
 
+    def of_leader(self, value: Any) -> Any:
+        """What the first process gives."""
+        return self._gather(value)[0]
+
     def least(self, value: int) -> int:
         """The smallest of what the processes give."""
         return min(self._gather(value))

@@ -6,6 +6,8 @@ on two CPU processes is what runs on GPUs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,3 +60,17 @@ def synchronise_batch_norms(model: nn.Module, group: Any) -> None:
                     "Expected BatchNorm2d with affine=True, track_running_stats=True and a momentum."
                 )
             setattr(module, name, SynchronisedBatchNorm2d(child, group))
+
+
+@contextmanager
+def unsynchronised(model: nn.Module) -> Iterator[None]:
+    """Inside, the batch norms of `model` use the statistics of this process alone, and wait for no other."""
+    norms = [m for m in model.modules() if isinstance(m, InvertibleBatchNorm2d | SynchronisedBatchNorm2d)]
+    groups = [norm.group for norm in norms]
+    for norm in norms:
+        norm.group = None
+    try:
+        yield
+    finally:
+        for norm, group in zip(norms, groups, strict=True):
+            norm.group = group

@@ -1,4 +1,4 @@
-"""One step of every architecture, alone or as one of several processes: `python distributed_worker.py FILE`."""
+"""Steps of every architecture, alone or as one of several processes: `python distributed_worker.py FILE`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cases import ARCHS, compose
+from cases import ARCHS, ArchCase, compose
 
 from revtrain.device import autocast
 from revtrain.distributed import Team
 from revtrain.models import build_model
+from revtrain.optim import make_optimizer
 
 BATCH, CLASSES, SIZE = 8, 5, 16
 # name -> (overrides, precision of weights and images)
@@ -57,8 +58,28 @@ def step(name: str, team: Team) -> dict[str, Any]:
     }
 
 
+def losses(case: ArchCase, team: Team) -> list[float]:
+    """Of twenty optimizer steps at a high rate, in float64: rounding is no excuse."""
+    cfg = compose(f"arch={case.arch}", *case.small)
+    torch.manual_seed(0)
+    model = build_model(cfg, CLASSES, SIZE).double().train()
+    network, own, optimizer = team.wrap(model), team.own(BATCH), make_optimizer(model, cfg)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    values = []
+    for _ in range(20):
+        images, labels = torch.randn(BATCH, 3, SIZE, SIZE, dtype=torch.float64), torch.randint(0, CLASSES, (BATCH,))
+        loss = F.cross_entropy(network(images[own]), labels[own])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        values.append(team.mean(loss.detach()).item())
+    return values
+
+
 if __name__ == "__main__":
     team = Team.of_environment()
     team.connect(torch.device("cpu"))
-    torch.save({name: step(name, team) for name in CASES}, f"{sys.argv[1]}.{team.rank}")
+    results = {name: step(name, team) for name in CASES} | {case.arch: losses(case, team) for case in ARCHS}
+    torch.save(results, f"{sys.argv[1]}.{team.rank}")
     team.close()

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import ARCHS, ids
 from conftest import TINY, read_checkpoint, read_metrics, read_result
-from distributed_worker import CASES, step
+from distributed_worker import CASES, losses, step
 
 from revtrain.distributed import ALONE, Team
 from revtrain.errors import RevtrainError
@@ -52,7 +53,7 @@ def end(started: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory) -> list[dict]:
-    """What two processes with half of the batch each computed for `CASES`, a dictionary for each process."""
+    """What two processes with half of the batch each computed, a dictionary for each process."""
     folder = tmp_path_factory.mktemp("steps")
     for code, _, err in end(start([str(TESTS / "distributed_worker.py"), str(folder / "step")], folder)):
         assert code == 0, err
@@ -71,6 +72,11 @@ def test_a_step_of_two_processes_is_the_step_of_one(name, together):
 @pytest.mark.parametrize("name", CASES)
 def test_processes_stay_equal_to_the_bit(name, together):
     torch.testing.assert_close(together[0][name], together[1][name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", ARCHS, ids=ids(ARCHS))
+def test_twenty_steps_of_two_processes_have_the_losses_of_one(case, together):
+    assert together[0][case.arch] == pytest.approx(losses(case, ALONE), rel=1e-6)
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -108,6 +114,7 @@ def test_torchrun_trains_as_one_process_and_leaves_one_run(command, tmp_path):
     assert (one["device"]["processes"], two["device"]["processes"]) == (1, 2)
     assert two["config"]["batch"] == 16 and two["bytes_per_pixel"] == one["bytes_per_pixel"]
     assert two["snr_db"]["minimum"] == pytest.approx(one["snr_db"]["minimum"], abs=3)
+    assert "processes: 2 in the checkpoint, 1 now" in command(*TINY, "epochs=3", f"resume={together}").out
 
 
 @pytest.mark.slow
@@ -117,12 +124,15 @@ def test_a_resumed_run_of_two_processes_is_bit_equal(tmp_path):
         ("epochs=2", "hydra.run.dir=whole"),
         ("epochs=1", "hydra.run.dir=half"),
         ("epochs=2", "hydra.run.dir=rest", "resume=half"),
+        ("epochs=2", "hydra.run.dir=half", "resume=half"),  # in place
+        ("epochs=2", "hydra.run.dir=half", "resume=half"),  # nothing is left to do
     ):
         for code, _, err in end(run(tmp_path, *constant, *words)):
             assert code == 0, err
-    whole, rest = (read_checkpoint(tmp_path / name) for name in ("whole", "rest"))
-    torch.testing.assert_close(rest["model"], whole["model"], rtol=0, atol=0)
-    torch.testing.assert_close(rest["optimizer"]["state"], whole["optimizer"]["state"], rtol=0, atol=0)
+    whole, rest, half = (read_checkpoint(tmp_path / name) for name in ("whole", "rest", "half"))
+    for resumed in (rest, half):
+        torch.testing.assert_close(resumed["model"], whole["model"], rtol=0, atol=0)
+        torch.testing.assert_close(resumed["optimizer"]["state"], whole["optimizer"]["state"], rtol=0, atol=0)
 
 
 # ---- one fails -----------------------------------------------------------------------------------
@@ -210,11 +220,12 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["resnet18", "revnet", "irevnet", "layerwise", "hybrid", "chunked"])
-def test_twenty_steps_have_the_losses_of_one_process(arch, tmp_path):
-    # one step an epoch, so that metrics.jsonl holds the loss of each step
+def test_twenty_steps_of_the_command_have_the_losses_of_one_process(arch, tmp_path):
+    # One step an epoch, so that metrics.jsonl holds the loss of each step. At higher rates float32 training amplifies
+    # any rounding, such as the order of the images of a batch, within twenty steps (docs/distributed.md).
     words = [
-        "-m", "revtrain", f"arch={arch}", "width=16", "data=synthetic", "data.train_images=64", "data.test_images=32",
-        "batch=64", "epochs=20", "lr=0.1", "probe.every=0", "device=cpu",
+        "-m", "revtrain", f"arch={arch}", "width=8", "data=synthetic", "data.train_images=64", "data.test_images=32",
+        "batch=64", "epochs=20", "lr=0.01", "probe.every=0", "device=cpu",
     ]  # fmt: skip
     for processes in (1, 2):
         for code, _, err in end(start([*words, f"hydra.run.dir={processes}"], tmp_path, processes)):

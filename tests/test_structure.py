@@ -31,16 +31,20 @@ MAY_IMPORT = {
     "data": BASE,
     "optim": BASE | {"layers"},
     "device": BASE,
-    "checkpoint": BASE,
+    "launch": {"errors"},
+    "distributed": BASE | {"launch", "layers"},
+    "checkpoint": BASE | {"launch"},
     "fidelity": BASE,
     "report": BASE | {"fidelity"},
     "reporting": BASE,
     "measure": BASE | CORE | {"layers", "models", "optim", "device"},
     "plan": BASE | CORE | {"layers", "models", "measure", "optim", "device"},
     "theory": BASE | CORE | {"layers", "measure"},
-    "train": BASE | {"fidelity", "data", "models", "measure", "report", "checkpoint", "optim", "device", "plan"},
+    "train": BASE
+    | {"data", "layers", "models", "measure", "report", "checkpoint", "optim", "device", "plan"}
+    | {"distributed", "fidelity"},
     "sweeps": BASE | {"report", "checkpoint"},
-    "cli": BASE | {"train", "report", "checkpoint", "sweeps", "conf", "__init__"},
+    "cli": BASE | {"train", "report", "checkpoint", "sweeps", "conf", "launch", "__init__"},
 }
 
 

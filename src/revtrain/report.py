@@ -61,7 +61,9 @@ def new_result(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     the values that left the range of the stream's grid since the run was started or resumed; null for plain streams.
     `peak_vram_mib` is {"allocated", "reserved"} over the training steps, null without CUDA. `memory_bytes` takes the
     peak of one training step apart.
-    `train_seconds` counts training steps only, and includes those of a run that was resumed.
+    `train_seconds` counts training steps only, and includes those of a run that was resumed. Under torchrun
+    sizes, the plan and the peak are those of the first process with its share of the batch; all else is of the whole
+    batch.
     """
     return {
         "status": "failed",
@@ -265,6 +267,21 @@ class Report:
             stream_overflows=self.history[-1].get("stream_overflows"),
             peak_vram_mib={key: max(peak[key] for peak in peaks) for key in peaks[0]} if peaks else None,
         )
+
+
+class SilentReport(Report):
+    """Collects what `Report` does and writes nothing: for the processes of a run that do not lead."""
+
+    def start(self, history: list[dict[str, Any]]) -> None:
+        for line in history:
+            self.epoch(line)
+
+    def epoch(self, line: dict[str, Any]) -> None:
+        self.history.append(line)
+        self._update_result()
+
+    def finish(self, status: str, error: BaseException | None = None) -> None:
+        self.result["status"] = status
 
 
 def _encoded(line: dict[str, Any]) -> bytes:

@@ -225,7 +225,7 @@ def test_twenty_steps_of_the_command_have_the_losses_of_one_process(arch, tmp_pa
     # any rounding, such as the order of the images of a batch, within twenty steps (docs/distributed.md).
     words = [
         "-m", "revtrain", f"arch={arch}", "width=8", "data=synthetic", "data.train_images=64", "data.test_images=32",
-        "batch=64", "epochs=20", "lr=0.01", "probe.every=0", "device=cpu",
+        "batch=64", "epochs=20", "lr=0.0005", "probe.every=0", "device=cpu",
     ]  # fmt: skip
     for processes in (1, 2):
         for code, _, err in end(start([*words, f"hydra.run.dir={processes}"], tmp_path, processes)):

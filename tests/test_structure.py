@@ -32,11 +32,12 @@ MAY_IMPORT = {
     "optim": BASE,
     "device": BASE,
     "checkpoint": BASE,
-    "report": BASE,
+    "report": BASE | {"reporting"},
     "reporting": BASE,
     "measure": BASE | CORE | {"layers", "models", "optim", "device"},
     "plan": BASE | CORE | {"layers", "models", "measure", "optim", "device"},
     "theory": BASE | CORE | {"layers", "measure"},
+    "inference": BASE | {"checkpoint", "data", "device", "models", "reporting"},
     "train": BASE | {"data", "models", "measure", "report", "checkpoint", "optim", "device", "plan"},
     "cli": BASE | {"train", "report", "checkpoint", "__init__"},
 }

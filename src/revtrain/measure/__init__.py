@@ -6,7 +6,7 @@ stream_overflows      how many values left the range of an integer stream
 LiveStorages          the counter behind it, for any code
 """
 
-from revtrain.measure.memory import LiveStorages, StepMemory, measure_step_memory, training_step_memory
+from revtrain.measure.memory import LiveStorages, StepMemory, StepTimeline, measure_step_memory, training_step_memory
 from revtrain.measure.snr import SNR_CEILING_DB, SnrObserver, probe_snr, snr_db, stream_overflows
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "LiveStorages",
     "SnrObserver",
     "StepMemory",
+    "StepTimeline",
     "measure_step_memory",
     "probe_snr",
     "snr_db",

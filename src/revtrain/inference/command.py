@@ -86,14 +86,16 @@ def _predict(trained, args: argparse.Namespace) -> int:
     text, unreadable = io.StringIO(), 0
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["file", "rank", "class", "probability"])
-    width = min(60, max(len(clean(path, 60)) for path in files))
+    folder = Path(args.images).expanduser()
+    names = {path: clean(path.relative_to(folder) if path != folder else path, 60) for path in files}
+    width = max(map(len, names.values()))
     for each in predict(trained, files, args.top):
         if each.error is not None:
             unreadable += 1
             print(clean(each.error), file=sys.stderr)
             continue
         found = "  ".join(f"{clean(name, 30)} {100 * share:.1f} %" for name, share in each.classes)
-        print(f"{clean(each.path, 60):<{width}}  {found}")
+        print(f"{names[each.path]:<{width}}  {found}")
         for rank, (name, share) in enumerate(each.classes, start=1):
             rows.writerow([each.path, rank, name, f"{share:.6f}"])
     if args.csv is not None:

@@ -93,7 +93,7 @@ def evaluate(trained: Trained, data: str | None = None, batch: int | None = None
         RevtrainError: the images cannot be read, or their classes are not those that the network was trained on.
     """
     split, classes, source = _images(trained, data)
-    if tuple(classes) != trained.classes:
+    if set(classes) != set(trained.classes):
         missing = [name for name in trained.classes if name not in classes]
         extra = [name for name in classes if name not in trained.classes]
         raise RevtrainError(
@@ -101,12 +101,13 @@ def evaluate(trained: Trained, data: str | None = None, batch: int | None = None
             f"Only in the run: {_few(missing)}. Only in the data: {_few(extra)}.\n"
             "Give a folder with the same class folders, also where one has few images."
         )
+    place = torch.tensor([trained.classes.index(name) for name in classes])  # folders come in alphabetical order
     count = len(classes)
     confusion = torch.zeros(count * count, dtype=torch.int64)
     loss = 0.0
     batch = batch or trained.cfg.batch
     for images, labels in zip(split.images.split(batch), split.labels.split(batch), strict=True):
-        logits = trained.logits(images)
+        labels, logits = place[labels], trained.logits(images)
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
         confusion += torch.bincount(labels * count + logits.argmax(1), minlength=count * count)
     return Evaluation(source, trained.classes, confusion.view(count, count), loss / len(split.labels))

@@ -29,17 +29,19 @@ MAY_IMPORT = {
     "layers": BASE | CORE,
     "models": BASE | CORE | {"layers"},
     "data": BASE,
-    "optim": BASE,
+    "optim": BASE | {"layers"},
     "device": BASE,
     "checkpoint": BASE,
-    "report": BASE | {"reporting"},
+    "fidelity": BASE,
+    "report": BASE | {"fidelity", "reporting"},
     "reporting": BASE,
     "measure": BASE | CORE | {"layers", "models", "optim", "device"},
     "plan": BASE | CORE | {"layers", "models", "measure", "optim", "device"},
     "theory": BASE | CORE | {"layers", "measure"},
     "inference": BASE | {"checkpoint", "data", "device", "models", "reporting"},
-    "train": BASE | {"data", "models", "measure", "report", "checkpoint", "optim", "device", "plan"},
-    "cli": BASE | {"train", "report", "checkpoint", "__init__"},
+    "train": BASE | {"fidelity", "data", "models", "measure", "report", "checkpoint", "optim", "device", "plan"},
+    "sweeps": BASE | {"report", "checkpoint"},
+    "cli": BASE | {"train", "report", "checkpoint", "sweeps", "conf", "__init__"},
 }
 
 

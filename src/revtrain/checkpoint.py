@@ -23,13 +23,13 @@ from __future__ import annotations
 import io
 import shlex
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from revtrain.config import flatten
 from revtrain.errors import RevtrainError
 from revtrain.files import write_atomic
 
@@ -89,13 +89,14 @@ def load(path: str | Path, key: str = "resume=") -> dict[str, Any]:
     return state
 
 
-def check_compatible(state: dict[str, Any], config: dict[str, Any], classes: int) -> list[str]:
+def check_compatible(state: dict[str, Any], config: dict[str, Any], classes: int, in_place: bool = False) -> list[str]:
     """Compare a checkpoint with the run that wants to continue it.
 
     Args:
         state: from `load`.
         config: the resolved configuration of the new run.
         classes: of its data set.
+        in_place: the run goes on in its own folder; then it may be one that was cut off after its last epoch.
 
     Returns:
         The differences that cost bit-equality, as "lr: 0.4 in the checkpoint, 0.1 now".
@@ -103,7 +104,7 @@ def check_compatible(state: dict[str, Any], config: dict[str, Any], classes: int
     Raises:
         RevtrainError: the checkpoint is of another network, or its run is already complete.
     """
-    before, now = dict(_flatten(state["config"])), dict(_flatten(config))
+    before, now = flatten(state["config"]), flatten(config)
     before["data classes"], now["data classes"] = state["classes"], classes
     differing = [key for key in now if key not in FREE_KEYS and before.get(key) != now[key]]
     foreign = [key for key in (*NETWORK_KEYS, "data classes") if key in differing]
@@ -114,7 +115,7 @@ def check_compatible(state: dict[str, Any], config: dict[str, Any], classes: int
             f"given now: {', '.join(f'{key}={now[key]}' for key in foreign)}.\n"
             f"Repeat its own command line: {command(state['overrides'], config['resume'])}"
         )
-    if state["epoch"] >= config["epochs"]:
+    if state["epoch"] >= config["epochs"] and not in_place:
         raise RevtrainError(
             f"resume: this run has already completed its {state['epoch']} epochs; "
             f"epochs={config['epochs']} was given.\n"
@@ -175,14 +176,6 @@ def command(overrides: list[str], resume: str | Path) -> str:
     """The command line that continues a run."""
     kept = [each for each in overrides if not each.startswith("resume=")]
     return shlex.join(["revtrain", *kept, f"resume={resume}"])
-
-
-def _flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _first_line(error: Exception) -> str:

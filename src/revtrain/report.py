@@ -1,7 +1,8 @@
 """What a run leaves behind: metrics.jsonl, result.json, TensorBoard events, a table on the terminal.
 
 `metrics.jsonl` has one line an epoch, epoch 0 being the state before the first step (see `Report.epoch`).
-`result.json` is written in one step at the end, whatever the end was (see `new_result`).
+`result.json` is written in one step when training starts, with the status `running`, and again at the end, whatever
+the end was (see `new_result`).
 Both are strict JSON: a value that was not measured, or is not finite, is null.
 
 This module does not import torch until a run starts, so that a refused configuration is answered at once.
@@ -17,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from revtrain.fidelity import trusted
 from revtrain.files import write_atomic
 from revtrain.reporting import figures
 
@@ -27,7 +29,7 @@ HYPER_PARAMETERS = (
 )  # fmt: skip
 LINE_KEYS = (
     "epoch", "step", "lr", "loss_train", "loss_test", "accuracy_train", "accuracy_test", "train_images",
-    "train_seconds", "images_per_second", "snr_db", "stream_overflows", "peak_vram_mib",
+    "train_seconds", "images_per_second", "snr_db", "gradients", "stream_overflows", "peak_vram_mib",
 )  # fmt: skip
 # the columns of the HParams tab
 KEY_METRICS = ("accuracy/test", "snr_db/min", "memory/bytes_per_pixel")
@@ -39,6 +41,7 @@ LAYOUT = {
         "accuracy": ["Multiline", ["accuracy/test", "accuracy/train"]],
         "loss": ["Multiline", ["loss/test", "loss/train"]],
         "SNR (dB), minimum": ["Multiline", ["snr_db/min$"]],
+        "gradients, least cosine": ["Multiline", ["gradients/minimum_cosine"]],
         "SNR (dB), per layer": ["Multiline", ["snr_db/(?!min$)"]],
         "memory (bytes per pixel)": ["Multiline", ["memory/bytes_per_pixel"]],
         "memory (peak VRAM, MiB)": ["Multiline", ["memory/peak_vram_mib"]],
@@ -51,12 +54,15 @@ LAYOUT = {
 def new_result(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """result.json as it is before anything was measured. Units are in the names; accuracies are 0..1.
 
-    `status` is completed, failed, interrupted (Ctrl-C), or planned (`plan=true`: nothing was trained). `plan` is
+    `status` is completed, failed, interrupted (Ctrl-C), planned (`plan=true`: nothing was trained), or running, which
+    is also what a killed run leaves behind. `plan` is
     what `revtrain.plan.Plan` lists, sizes in bytes, where `plan`, `memory_limit` or `batch=auto` asked for it;
     `config` then holds the number of images that `batch=auto` came to. `snr_db` is {"minimum", "minimum_layer",
-    "layers"} of the last probe, null in store mode. `stream_overflows` counts the values that left the range of an
-    integer stream since the run was started or resumed; null for other streams. `peak_vram_mib` is {"allocated",
-    "reserved"} over the training steps, null without CUDA. `memory_bytes` takes the peak of one training step apart.
+    "layers"} of the last probe, null in store mode. `gradients` is what `revtrain.fidelity.summarise_gradients` returns
+    for it, and `gradients_trusted` whether every one pointed the right way at every probe. `stream_overflows` counts
+    the values that left the range of an integer stream since the run was started or resumed; null for other streams.
+    `peak_vram_mib` is {"allocated", "reserved"} over the training steps, null without CUDA. `memory_bytes` takes the
+    peak of one training step apart.
     `train_seconds` counts training steps only, and includes those of a run that was resumed.
     """
     return {
@@ -70,6 +76,8 @@ def new_result(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         "train_seconds": None,
         "images_per_second": None,
         "snr_db": None,
+        "gradients": None,
+        "gradients_trusted": None,
         "stream_overflows": None,
         "peak_vram_mib": None,
         "bytes_per_pixel": None,
@@ -148,7 +156,7 @@ class Report:
         )
 
     def start(self, history: list[dict[str, Any]], timeline: Any = None) -> None:
-        """Open the files; the lines of a run that is continued come first.
+        """Open the files; the lines of a run that is continued come first, in place of those it left here.
 
         Args:
             timeline: a `revtrain.measure.StepTimeline` to draw.
@@ -156,6 +164,9 @@ class Report:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
+        write_atomic(self.run_dir / "metrics.jsonl", b"".join(map(_encoded, history)))
+        for events in self.run_dir.glob("events.out.tfevents.*"):
+            events.unlink()
         self._writer = SummaryWriter(str(self.run_dir))
         config = self.result["config"]
         values = {key: config[key] for key in HYPER_PARAMETERS}
@@ -170,7 +181,8 @@ class Report:
             figure = figures.memory_timeline_figure(timeline.live_bytes, timeline.ends, timeline.always_bytes, title)
             self._figure("memory/timeline", figure, 0)
         for line in history:
-            self.epoch(line)
+            self._take(line)
+        write_result(self.run_dir, {**self.result, "status": "running"})
 
     def epoch(self, line: dict[str, Any]) -> None:
         """Append one epoch.
@@ -179,13 +191,18 @@ class Report:
             line: the `LINE_KEYS`; accuracies are 0..1, `lr` is that of the last step, `snr_db` and
                 `peak_vram_mib` are as in result.json; None where not measured.
         """
+        with open(self.run_dir / "metrics.jsonl", "ab") as file:
+            file.write(_encoded(line))
+        self._take(line)
+
+    def _take(self, line: dict[str, Any]) -> None:
+        """Take a line into the result and the dashboard."""
         line = _finite(line)
-        with open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
         self.history.append(line)
         self._update_result()
 
         snr = line["snr_db"] or {"minimum": None, "layers": {}}
+        gradients = line.get("gradients") or {"minimum_cosine": None, "maximum_relative_error": None}
         vram = line["peak_vram_mib"] or {"allocated": None}
         scalars = {
             "accuracy/train": line["accuracy_train"],
@@ -194,6 +211,8 @@ class Report:
             "loss/test": line["loss_test"],
             "lr": line["lr"],
             "snr_db/min": snr["minimum"],
+            "gradients/minimum_cosine": gradients["minimum_cosine"],
+            "gradients/maximum_relative_error": gradients["maximum_relative_error"],
             **{f"snr_db/{layer}": value for layer, value in snr["layers"].items()},
             "memory/peak_vram_mib": vram["allocated"],
             "memory/bytes_per_pixel": self.result["bytes_per_pixel"],
@@ -227,6 +246,7 @@ class Report:
         rows = {
             "test accuracy": f"{accuracy} (best {best})",
             "minimum SNR": _snr(snr),
+            "gradients": _gradients(result),
             "memory": f"{result['bytes_per_pixel']:.1f} bytes per pixel, weights and their gradients apart",
             "peak VRAM": "no CUDA",
             "speed": f"{result['images_per_second']:,.0f} images/s, {result['train_seconds']:,.0f} s in all",
@@ -251,6 +271,7 @@ class Report:
     def _update_result(self) -> None:
         trained = [line for line in self.history if line["train_seconds"] is not None]
         probed = [line["snr_db"] for line in self.history if line["snr_db"]]
+        compared = [line["gradients"] for line in self.history if line.get("gradients")]
         peaks = [line["peak_vram_mib"] for line in self.history if line["peak_vram_mib"]]
         accuracies = [line["accuracy_test"] for line in trained if line["accuracy_test"] is not None]
         seconds = sum(line["train_seconds"] for line in trained)
@@ -261,9 +282,16 @@ class Report:
             train_seconds=seconds if trained else None,
             images_per_second=sum(line["train_images"] for line in trained) / seconds if seconds else None,
             snr_db=probed[-1] if probed else None,
+            gradients=compared[-1] if compared else None,
+            gradients_trusted=all(trusted(each) for each in compared) if compared else None,
             stream_overflows=self.history[-1].get("stream_overflows"),
             peak_vram_mib={key: max(peak[key] for peak in peaks) for key in peaks[0]} if peaks else None,
         )
+
+
+def _encoded(line: dict[str, Any]) -> bytes:
+    """As it stands in metrics.jsonl."""
+    return (json.dumps(_finite(line), allow_nan=False) + "\n").encode()
 
 
 def _finite(value: Any) -> Any:
@@ -281,6 +309,13 @@ def _snr(snr: dict[str, Any] | None) -> str:
     if snr["minimum"] >= EXACT_DB:
         return "exact: every layer's input was rebuilt to the last bit"
     return f"{snr['minimum']:.1f} dB at {snr['minimum_layer']}"
+
+
+def _gradients(result: dict[str, Any]) -> str:
+    if result["gradients"] is None:
+        return "not compared"
+    cosine = f"cosine of at least {result['gradients']['minimum_cosine']:.4f} to the true ones"
+    return cosine if result["gradients_trusted"] else f"{cosine}; NOT to be trusted, see the warning above"
 
 
 def _percent(accuracy: float | None) -> str:

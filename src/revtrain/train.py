@@ -21,6 +21,7 @@ from revtrain import checkpoint
 from revtrain import device as devices
 from revtrain.config import REVERSIBLE, validate
 from revtrain.errors import RevtrainError
+from revtrain.fidelity import FidelityWatch, summarise_gradients
 from revtrain.files import DISK_FULL
 from revtrain.optim import learning_rate, make_optimizer
 from revtrain.report import LINE_KEYS, Report, holds_run
@@ -43,12 +44,12 @@ def train(cfg: Any, run_dir: str | Path, overrides: list[str] | None = None) -> 
 
     Raises:
         RevtrainError: the configuration, the data or the checkpoint cannot be used, the disk or the memory is
-            full, or the loss is no longer finite; or `run_dir` holds a run already.
+            full, or the loss is no longer finite; or `run_dir` holds a run already, and not the one to resume.
         KeyboardInterrupt: Ctrl-C.
         In both cases result.json says so and last.pt holds the last completed epoch, epoch 0 being the start.
     """
     run_dir = Path(run_dir)
-    if holds_run(run_dir):
+    if holds_run(run_dir) and not _in_place(cfg, run_dir):
         raise RevtrainError(
             f"{run_dir} already holds a run; nothing of it was changed.\n"
             "Choose another folder, or leave hydra.run.dir out: each run then gets a new one."
@@ -110,7 +111,9 @@ def _train(cfg: Any, run_dir: Path, report: Report) -> str:
     cap_memory(cfg, device)
     generator = torch.Generator().manual_seed(cfg.seed)
     if resumed is not None:
-        for difference in checkpoint.check_compatible(resumed, report.result["config"], classes):
+        for difference in checkpoint.check_compatible(
+            resumed, report.result["config"], classes, in_place=_in_place(cfg, run_dir)
+        ):
             log.warning("resume     no longer bit-equal to an uninterrupted run: %s", difference)
     log.info("data       %s: %d + %d images, %dx%d, %d classes",
              cfg.data.name, available, len(data.test.labels), size, size, classes)  # fmt: skip
@@ -124,6 +127,14 @@ def _train(cfg: Any, run_dir: Path, report: Report) -> str:
     return "completed"
 
 
+def _in_place(cfg: Any, run_dir: Path) -> bool:
+    """Whether the run to resume is the one of this folder."""
+    if cfg.resume is None:
+        return False
+    resumed = Path(cfg.resume)
+    return (resumed.parent if resumed.name == checkpoint.NAME else resumed).resolve() == run_dir.resolve()
+
+
 def _fit(
     cfg: Any,
     run_dir: Path,
@@ -134,7 +145,7 @@ def _fit(
     resumed: dict[str, Any] | None,
 ) -> None:
     from revtrain.data import augment, draw_augmentation, normalise
-    from revtrain.measure import measure_step_memory, probe_snr
+    from revtrain.measure import measure_step_memory, probe_gradients, probe_snr
     from revtrain.models import build_model
 
     images, labels = data.train.images, data.train.labels
@@ -175,15 +186,29 @@ def _fit(
         log.info("resume     %s after epoch %d", cfg.resume, start)
     report.start(history, memory.timeline)
 
-    # ---- probe: the SNR of reconstructed activations on one fixed, unaugmented batch -------------
+    # ---- probe: SNR of reconstructed activations, and gradients, on one fixed, unaugmented batch -
     chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[: cfg.probe.batch]
+    comparing = cfg.probe.gradients
 
-    def probe(epoch: int) -> dict[str, Any] | None:
+    def probe(epoch: int) -> dict[str, Any]:
         if cfg.probe.every == 0 or epoch % cfg.probe.every:
-            return None
-        inputs = normalise(images[chosen].to(device), mean, std)
+            return {}
+        batch = normalise(images[chosen].to(device), mean, std), labels[chosen].to(device)
         with devices.autocast(device, cfg.precision):
-            return summarise_snr(probe_snr(model, inputs, labels[chosen].to(device)))
+            found = {"snr_db": summarise_snr(probe_snr(model, *batch))}
+            if comparing:
+                found["gradients"] = compare_gradients(batch)
+        return found
+
+    def compare_gradients(batch: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Any] | None:
+        nonlocal comparing
+        try:
+            return summarise_gradients(probe_gradients(model, *batch))
+        except torch.OutOfMemoryError:  # the comparison stores every activation: training goes on without it
+            comparing = False
+            log.warning("probe      not enough memory to store the activations of %d images: gradients are not\n"
+                        "           compared from here on. Try a smaller probe.batch.", len(batch[1]))  # fmt: skip
+            return None
 
     def save(epoch: int) -> None:
         checkpoint.save(
@@ -205,11 +230,12 @@ def _fit(
             },
         )
 
+    overflows, fidelity = _Overflows(model, cfg), FidelityWatch(cfg)
     if not history:
-        report.epoch(_line(epoch=0, step=0, snr_db=probe(0)))
+        first = _line(epoch=0, step=0, **probe(0))
+        report.epoch(first)
+        fidelity.look(first)
     save(start)  # also the first epoch can be interrupted
-
-    overflows = _Overflows(model, cfg)
 
     # ---- the loop --------------------------------------------------------------------------------
     for epoch in range(start + 1, cfg.epochs + 1):
@@ -275,11 +301,12 @@ def _fit(
             train_images=trained,
             train_seconds=seconds,
             images_per_second=trained / seconds,
-            snr_db=probe(epoch),
+            **probe(epoch),
             stream_overflows=overflows.count() if overflows.applies else None,
             peak_vram_mib=peak,
         )
         report.epoch(line)
+        fidelity.look(line)
         save(epoch)
         log.info("%s", _summary(line, cfg.epochs))
 

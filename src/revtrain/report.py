@@ -37,17 +37,21 @@ EXACT_DB = 320.0  # revtrain.measure.SNR_CEILING_DB: no error at all; named here
 FIGURES = 10  # SNR profiles a run: as many images of one tag as TensorBoard shows
 # the custom-scalars tab, so that the dashboard opens on meaning; its tags are regular expressions
 LAYOUT = {
-    "revtrain": {
-        "accuracy": ["Multiline", ["accuracy/test", "accuracy/train"]],
-        "loss": ["Multiline", ["loss/test", "loss/train"]],
+    "accuracy, SNR, memory, speed": {
+        "accuracy": ["Multiline", ["accuracy/test"]],
         "SNR (dB), minimum": ["Multiline", ["snr_db/min$"]],
-        "gradients, least cosine": ["Multiline", ["gradients/minimum_cosine"]],
-        "SNR (dB), per layer": ["Multiline", ["snr_db/(?!min$)"]],
         "memory (bytes per pixel)": ["Multiline", ["memory/bytes_per_pixel"]],
-        "memory (peak VRAM, MiB)": ["Multiline", ["memory/peak_vram_mib"]],
         "speed (images/s)": ["Multiline", ["speed/images_per_second"]],
+    },
+    "more": {
+        "accuracy, training images": ["Multiline", ["accuracy/train"]],
+        "loss": ["Multiline", ["loss/test", "loss/train"]],
+        "gradients, least cosine": ["Multiline", ["gradients/minimum_cosine"]],
+        "gradients, greatest relative error": ["Multiline", ["gradients/maximum_relative_error"]],
+        "SNR (dB), per layer": ["Multiline", ["snr_db/(?!min$)"]],
+        "memory (peak VRAM, MiB)": ["Multiline", ["memory/peak_vram_mib"]],
         "learning rate": ["Multiline", ["lr"]],
-    }
+    },
 }
 
 

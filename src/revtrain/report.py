@@ -64,7 +64,7 @@ def new_result(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     `config` then holds the number of images that `batch=auto` came to. `snr_db` is {"minimum", "minimum_layer",
     "layers"} of the last probe, null in store mode. `gradients` is what `revtrain.fidelity.summarise_gradients` returns
     for it, and `gradients_trusted` whether every one pointed the right way at every probe. `stream_overflows` counts
-    the values that left the range of an integer stream since the run was started or resumed; null for other streams.
+    the values that left the range of the stream's grid since the run was started or resumed; null for plain streams.
     `peak_vram_mib` is {"allocated", "reserved"} over the training steps, null without CUDA. `memory_bytes` takes the
     peak of one training step apart.
     `train_seconds` counts training steps only, and includes those of a run that was resumed.

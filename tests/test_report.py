@@ -67,7 +67,8 @@ def test_tensorboard_tags_are_those_of_the_contract(finished, tmp_path):
     events = EventAccumulator(str(tmp_path)).Reload()
     assert set(events.Tags()["scalars"]) == {
         "accuracy/train", "accuracy/test", "loss/train", "loss/test", "lr", "snr_db/min", "snr_db/trunk/0",
-        "snr_db/trunk/1", "memory/peak_vram_mib", "memory/bytes_per_pixel", "speed/images_per_second",
+        "snr_db/trunk/1", "gradients/minimum_cosine", "gradients/maximum_relative_error", "memory/peak_vram_mib",
+        "memory/bytes_per_pixel", "speed/images_per_second",
     }  # fmt: skip
     assert [(each.step, round(each.value, 6)) for each in events.Scalars("accuracy/test")] == [
         (1, 0.7),

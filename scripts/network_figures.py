@@ -7,7 +7,7 @@
 
 Each writes PNG, SVG and the numbers as CSV into docs/figures. Figures 10 and 12: width 32, 256 images, n = 0.2; lines
 are the theory of `revtrain.theory` where it applies, markers measurements. Figures 11 and 13 read result.json and
-metrics.jsonl of completed runs, and average over seeds.
+metrics.jsonl of the runs that have ended, and average over seeds.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from revtrain.theory import predict_snr_db
 
 FIGURES = Path("docs/figures")
 CPU = torch.device("cpu")
+CHANCE = 10.0  # %, of ten classes: where a run that diverged is drawn
 COLOURS = ("#08519c", "#d95f02", "#41ab5d", "#7b3294")  # differ in grey, too, and for the colour-blind
 # curves of Figure 10: label, arch, what is changed
 LAYERWISE = [
@@ -126,7 +127,7 @@ def draw_layers(figure: int, rows: list[dict[str, Any]], depth: int) -> Figure:
 
 
 def read_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
-    """What the figures need of every completed run below `folders`."""
+    """What the figures need of every run below `folders` that was completed, or ended because it diverged."""
     runs = []
     for file in sorted(file for folder in folders for file in folder.rglob("result.json")):
         try:
@@ -135,7 +136,9 @@ def read_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
         except (OSError, ValueError) as error:
             print(f"left out: {file.parent} ({error})")
             continue
-        if result.get("status") != "completed":
+        diverged = result.get("status") == "failed" and "no longer finite" in _first_line(result)
+        diverged |= "the loss became" in _first_line(result)
+        if result.get("status") != "completed" and not diverged:
             print(f"left out: {file.parent} ({result.get('status')})")
             continue
         config = result["config"]
@@ -144,14 +147,21 @@ def read_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
         runs.append({
             "experiment": config["experiment"], "depth": config["depth"], "slope": config["slope"],
             "variant": "the paper's choices" if papers else "ours", "backward": config["backward"],
-            "seed": config["seed"], "accuracy": 100 * result["test_accuracy"],
-            **{f"{name}_{when}": value for when, line in _ends(probes) for name, value in _fidelity(line).items()},
+            "seed": config["seed"], "diverged": diverged,
+            "accuracy": None if diverged else 100 * result["test_accuracy"],
+            **{f"{name}_{when}": value
+               for when, line in _ends(probes, diverged) for name, value in _fidelity(line).items()},
         })  # fmt: skip
     return runs
 
 
-def _ends(probes: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    return [("before", probes[0]), ("after", probes[-1])] if probes else []
+def _first_line(result: dict[str, Any]) -> str:
+    return (result.get("error") or "").split("\n")[0]
+
+
+def _ends(probes: list[dict[str, Any]], diverged: bool) -> list[tuple[str, dict[str, Any]]]:
+    ends = [("before", probes[0]), ("after", probes[-1])] if probes else []
+    return ends[:1] if diverged else ends
 
 
 def _fidelity(line: dict[str, Any]) -> dict[str, float | None]:
@@ -179,8 +189,9 @@ def over_seeds(runs: list[dict[str, Any]], experiment: str, key: str) -> list[di
         for name in MEASURES:
             values = [member[name] for member in members if member.get(name) is not None]
             row[name] = statistics.mean(values) if values else None
-        accuracies = [member["accuracy"] for member in members]
-        row["accuracy_sd"] = statistics.stdev(accuracies) if len(members) > 1 else None
+        accuracies = [member["accuracy"] for member in members if member["accuracy"] is not None]
+        row["accuracy_sd"] = statistics.stdev(accuracies) if len(accuracies) > 1 else None
+        row["diverged"] = sum(member["diverged"] for member in members)
         rows.append(row)
     return rows
 
@@ -193,6 +204,9 @@ def draw_accuracy(figure: int, tables: dict[str, list[dict[str, Any]]]) -> Figur
             for backward, style in (("store", "s--"), ("invert", "o-")):
                 of_curve = [row for row in rows if row["variant"] == variant and row["backward"] == backward]
                 _curve(axes[1, column], of_curve, key, "accuracy", style, colour, f"{variant}, {backward}")
+                lost = [row[key] for row in of_curve if row["diverged"]]
+                axes[1, column].plot(lost, [CHANCE] * len(lost), "x", color=colour, ms=8, mew=2,
+                                     label=f"{variant}, {backward}: diverged" if lost else None)  # fmt: skip
             for when, style in (("before", "o:"), ("after", "o-")):
                 invert = [row for row in rows if row["variant"] == variant and row["backward"] == "invert"]
                 _curve(axes[0, column], invert, key, f"snr_db_{when}", style, colour, f"{variant}, {when} training")
@@ -237,14 +251,25 @@ def table_of(tables: dict[str, list[dict[str, Any]]]) -> str:
             store, invert = found.get((variant, value, "store")), found.get((variant, value, "invert"))
             if not (store and invert):
                 continue
+            both = store["accuracy"] is not None and invert["accuracy"] is not None
             cells = [
-                variant, f"{key} {value:g}", f"{store['accuracy']:.2f}", f"{invert['accuracy']:.2f}",
-                f"{store['accuracy'] - invert['accuracy']:+.2f}",
-                *(f"{invert[f'snr_db_{w}']:.1f} ({invert[f'input_snr_db_{w}']:.1f})" for w in ("before", "after")),
+                variant, f"{key} {value:g}", *(_percent(row["accuracy"]) for row in (store, invert)),
+                f"{store['accuracy'] - invert['accuracy']:+.2f}" if both else "-",
+                *(_decibels(invert[f"snr_db_{w}"], invert[f"input_snr_db_{w}"]) for w in ("before", "after")),
                 *(_cosine(invert[f"cosine_{w}"]) for w in ("before", "after")),
             ]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _percent(value: float | None) -> str:
+    return "diverged" if value is None else f"{value:.2f}"
+
+
+def _decibels(minimum: float | None, inputs: float | None) -> str:
+    if minimum is None:
+        return "-"
+    return f"{minimum:.1f} ({'exact' if inputs >= SNR_CEILING_DB else f'{inputs:.1f}'})"
 
 
 def _cosine(value: float | None) -> str:

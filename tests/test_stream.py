@@ -186,7 +186,7 @@ def test_a_hundred_blocks_are_rebuilt_to_the_last_bit_after_a_hundred_steps(arch
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
-    assert sum(losses[-10:]) < 0.7 * sum(losses[:10]), "the steps train"
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10]), "the steps train"
     trained, threads = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_num_threads()
     try:
         for count in (1, 2):

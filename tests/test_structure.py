@@ -31,7 +31,9 @@ MAY_IMPORT = {
     "data": BASE,
     "optim": BASE | {"layers"},
     "device": BASE,
-    "checkpoint": BASE,
+    "launch": {"errors"},
+    "distributed": BASE | {"launch", "layers"},
+    "checkpoint": BASE | {"launch"},
     "fidelity": BASE,
     "report": BASE | {"fidelity", "reporting"},
     "reporting": BASE,
@@ -39,9 +41,11 @@ MAY_IMPORT = {
     "plan": BASE | CORE | {"layers", "models", "measure", "optim", "device"},
     "theory": BASE | CORE | {"layers", "measure"},
     "inference": BASE | {"checkpoint", "data", "device", "models", "reporting"},
-    "train": BASE | {"fidelity", "data", "models", "measure", "report", "checkpoint", "optim", "device", "plan"},
+    "train": BASE
+    | {"data", "layers", "models", "measure", "report", "checkpoint", "optim", "device", "plan"}
+    | {"distributed", "fidelity"},
     "sweeps": BASE | {"report", "checkpoint"},
-    "cli": BASE | {"train", "report", "checkpoint", "sweeps", "conf", "__init__"},
+    "cli": BASE | {"train", "report", "checkpoint", "sweeps", "conf", "launch", "__init__"},
 }
 
 

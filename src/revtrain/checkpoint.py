@@ -7,6 +7,7 @@ A checkpoint is a dictionary of plain containers and tensors:
     overrides   the command line that made it, a list of strings
     classes     number of classes of the data set
     data        what inference needs of it: names of the classes, image_size in pixels, mean and std a channel (0..1)
+    processes   that trained together under torchrun
     epoch       epochs completed; 0 is the state before the first
     model       state_dict
     optimizer   state_dict
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from revtrain import launch
 from revtrain.config import flatten
 from revtrain.errors import RevtrainError
 from revtrain.files import write_atomic
@@ -175,7 +177,7 @@ def restore(
 def command(overrides: list[str], resume: str | Path) -> str:
     """The command line that continues a run."""
     kept = [each for each in overrides if not each.startswith("resume=")]
-    return shlex.join(["revtrain", *kept, f"resume={resume}"])
+    return shlex.join([*launch.command(), *kept, f"resume={resume}"])
 
 
 def _first_line(error: Exception) -> str:

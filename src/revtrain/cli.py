@@ -22,10 +22,11 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from revtrain import __version__, sweeps
+from revtrain import __version__, launch, sweeps
 from revtrain.conf import constant_keys
 from revtrain.config import did_you_mean, expected, schema, validate
 from revtrain.errors import RevtrainError
@@ -50,6 +51,7 @@ file_log = logging.getLogger("revtrain.errors")  # train.log alone
 
 GROUPS = ("arch", "data", "experiment")
 COMPLETED, BUG, MENDABLE, INTERRUPTED = 0, 1, 2, 130
+PATIENCE_SECONDS = 5.0  # that the first process gets to report an error before another does
 PARENT = "REVTRAIN_SWEEP_PID"  # of the process that runs the sweep, for its workers
 
 _exit_codes: list[int] = []  # of the jobs that ran in this process
@@ -66,6 +68,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code, see the head of this module.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if launch.rank() == 0:
+        return _command(argv)
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said):
+        code = _command(launch.silenced(argv))
+    if code in (BUG, MENDABLE):
+        time.sleep(PATIENCE_SECONDS)  # if the first process fails, too, torchrun ends this one now
+        _say(said.getvalue())
+    return code
+
+
+def _command(argv: list[str]) -> int:
     _exit_codes.clear()
     _sweeps.clear()
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -234,7 +248,7 @@ def _record(run_dir: Path, cfg: DictConfig, overrides: list[str], status: str, e
     """Write result.json where `train` was not reached; it writes its own, and none beside an earlier run."""
     from revtrain.report import holds_run, new_result, one_line, write_result
 
-    if holds_run(run_dir):
+    if launch.rank() > 0 or holds_run(run_dir):
         return
     config = OmegaConf.to_container(cfg, resolve=False)
     described = None if error is None else explain(error) or one_line(error)
@@ -305,7 +319,8 @@ def _check_flags(argv: list[str]) -> None:
         )
 
     parser.error = refuse
-    parser.parse_args(argv)
+    if parser.parse_args(argv).multirun:
+        launch.refuse_sweep()
 
 
 def explain(error: BaseException) -> str | None:

@@ -67,7 +67,9 @@ def new_result(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     the values that left the range of the stream's grid since the run was started or resumed; null for plain streams.
     `peak_vram_mib` is {"allocated", "reserved"} over the training steps, null without CUDA. `memory_bytes` takes the
     peak of one training step apart.
-    `train_seconds` counts training steps only, and includes those of a run that was resumed.
+    `train_seconds` counts training steps only, and includes those of a run that was resumed. Under torchrun
+    sizes, the plan and the peak are those of the first process with its share of the batch; all else is of the whole
+    batch.
     """
     return {
         "status": "failed",
@@ -181,7 +183,7 @@ class Report:
         self._writer.file_writer.add_summary(session_start)
         self._writer.add_custom_scalars(LAYOUT)
         if timeline is not None and figures.available():
-            title = f"Memory of one training step, {config['arch']}, batch {config['batch']}: live storages, counted"
+            title = f"Memory of one training step, {config['arch']}, batch {timeline.batch}: live storages, counted"
             figure = figures.memory_timeline_figure(timeline.live_bytes, timeline.ends, timeline.always_bytes, title)
             self._figure("memory/timeline", figure, 0)
         for line in history:
@@ -275,7 +277,7 @@ class Report:
     def _update_result(self) -> None:
         trained = [line for line in self.history if line["train_seconds"] is not None]
         probed = [line["snr_db"] for line in self.history if line["snr_db"]]
-        compared = [line["gradients"] for line in self.history if line.get("gradients")]
+        compared = [line for line in self.history if line.get("gradients")]
         peaks = [line["peak_vram_mib"] for line in self.history if line["peak_vram_mib"]]
         accuracies = [line["accuracy_test"] for line in trained if line["accuracy_test"] is not None]
         seconds = sum(line["train_seconds"] for line in trained)
@@ -286,11 +288,26 @@ class Report:
             train_seconds=seconds if trained else None,
             images_per_second=sum(line["train_images"] for line in trained) / seconds if seconds else None,
             snr_db=probed[-1] if probed else None,
-            gradients=compared[-1] if compared else None,
+            gradients=compared[-1]["gradients"] if compared else None,
             gradients_trusted=all(trusted(each) for each in compared) if compared else None,
             stream_overflows=self.history[-1].get("stream_overflows"),
             peak_vram_mib={key: max(peak[key] for peak in peaks) for key in peaks[0]} if peaks else None,
         )
+
+
+class SilentReport(Report):
+    """Collects what `Report` does and writes nothing: for the processes of a run that do not lead."""
+
+    def start(self, history: list[dict[str, Any]], timeline: Any = None) -> None:
+        for line in history:
+            self.epoch(line)
+
+    def epoch(self, line: dict[str, Any]) -> None:
+        self.history.append(line)
+        self._update_result()
+
+    def finish(self, status: str, error: BaseException | None = None) -> None:
+        self.result["status"] = status
 
 
 def _encoded(line: dict[str, Any]) -> bytes:

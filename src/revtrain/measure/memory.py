@@ -79,6 +79,7 @@ class StepTimeline:
     live_bytes: list[int]
     ends: dict[str, int]
     always_bytes: int
+    batch: int  # images of this process
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def training_step_memory(
             optimizer.step()
             step = max(forward_backward, counter.peak_bytes)
             ends["optimizer"] = len(counter.timeline)
-        timeline = StepTimeline(counter.timeline[:], ends, always_bytes=between)
+        timeline = StepTimeline(counter.timeline[:], ends, always_bytes=between, batch=batch)
     return _Peaks(forward_backward, step, parameters, gradients, between - parameters, timeline)
 
 

@@ -18,6 +18,7 @@ from revtrain.errors import RevtrainError
 from revtrain.report import LINE_KEYS, Report, new_result, write_result
 
 CONFIG = OmegaConf.to_container(compose(["data=synthetic", "depth=4"]), resolve=True)
+GRADIENTS = {"minimum_cosine": 0.99, "maximum_relative_error": 0.1, "parameters": {}}
 SNR = {"minimum": 90.0, "minimum_layer": "trunk/1", "layers": {"trunk/0": 100.0, "trunk/1": 90.0}}
 
 
@@ -40,7 +41,7 @@ def finished(tmp_path):
     report.start([])
     report.epoch(line(0, step=0, snr_db=SNR))
     report.epoch(trained(1, 0.7, peak_vram_mib={"allocated": 20.0, "reserved": 32.0}))
-    report.epoch(trained(2, 0.6, snr_db=SNR, peak_vram_mib={"allocated": 18.0, "reserved": 40.0}))
+    report.epoch(trained(2, 0.6, snr_db=SNR, gradients=GRADIENTS, peak_vram_mib={"allocated": 18.0, "reserved": 40.0}))
     report.finish("completed")
     return report
 
@@ -66,7 +67,8 @@ def test_tensorboard_tags_are_those_of_the_contract(finished, tmp_path):
     events = EventAccumulator(str(tmp_path)).Reload()
     assert set(events.Tags()["scalars"]) == {
         "accuracy/train", "accuracy/test", "loss/train", "loss/test", "lr", "snr_db/min", "snr_db/trunk/0",
-        "snr_db/trunk/1", "memory/peak_vram_mib", "memory/bytes_per_pixel", "speed/images_per_second",
+        "snr_db/trunk/1", "gradients/minimum_cosine", "gradients/maximum_relative_error", "memory/peak_vram_mib",
+        "memory/bytes_per_pixel", "speed/images_per_second",
     }  # fmt: skip
     assert [(each.step, round(each.value, 6)) for each in events.Scalars("accuracy/test")] == [
         (1, 0.7),
@@ -102,10 +104,17 @@ def test_the_dashboard_opens_on_a_layout(finished, tmp_path):
     assert "custom_scalars__config__" in events.Tags()["tensors"]
     (layout,) = events.Tensors("custom_scalars__config__")
     shown = Layout.FromString(layout.tensor_proto.string_val[0])
-    patterns = [re.compile(tag) for chart in shown.category[0].chart for tag in chart.multiline.tag]
+    first, more = shown.category
+    assert [chart.multiline.tag[0].rstrip("$") for chart in first.chart] == [
+        "accuracy/test",
+        "snr_db/min",
+        "memory/bytes_per_pixel",
+        "speed/images_per_second",
+    ]
+    patterns = [re.compile(tag) for chart in [*first.chart, *more.chart] for tag in chart.multiline.tag]
     for tag in events.Tags()["scalars"]:  # each curve has its one chart
         assert sum(pattern.match(tag) is not None for pattern in patterns) == 1, tag
-    assert len(patterns) == 10
+    assert len(patterns) == 12
 
 
 def test_what_is_not_finite_becomes_null(tmp_path):

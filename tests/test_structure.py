@@ -35,11 +35,12 @@ MAY_IMPORT = {
     "distributed": BASE | {"launch", "layers"},
     "checkpoint": BASE | {"launch"},
     "fidelity": BASE,
-    "report": BASE | {"fidelity"},
+    "report": BASE | {"fidelity", "reporting"},
     "reporting": BASE,
     "measure": BASE | CORE | {"layers", "models", "optim", "device"},
     "plan": BASE | CORE | {"layers", "models", "measure", "optim", "device"},
     "theory": BASE | CORE | {"layers", "measure"},
+    "inference": BASE | {"checkpoint", "data", "device", "models", "reporting"},
     "train": BASE
     | {"data", "layers", "models", "measure", "report", "checkpoint", "optim", "device", "plan"}
     | {"distributed", "fidelity"},

@@ -6,6 +6,7 @@ A checkpoint is a dictionary of plain containers and tensors:
     config      the resolved configuration, a dictionary
     overrides   the command line that made it, a list of strings
     classes     number of classes of the data set
+    data        what inference needs of it: names of the classes, image_size in pixels, mean and std a channel (0..1)
     processes   that trained together under torchrun
     epoch       epochs completed; 0 is the state before the first
     model       state_dict
@@ -53,11 +54,12 @@ def save(path: Path, state: dict[str, Any]) -> None:
     write_atomic(path, buffer.getbuffer())
 
 
-def load(path: str | Path) -> dict[str, Any]:
+def load(path: str | Path, key: str = "resume=") -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 
     Args:
         path: the file, or the run directory that holds it.
+        key: how the user gave it, for the messages.
 
     Raises:
         RevtrainError: missing, truncated, or not a checkpoint of revtrain.
@@ -67,8 +69,8 @@ def load(path: str | Path) -> dict[str, Any]:
         path = path / NAME
     if not path.is_file():
         raise RevtrainError(
-            f"resume={path} was given; there is no such file.\n"
-            "Give the directory of an earlier run, or the last.pt in it, as in resume=outputs/DATE/RUN."
+            f"{key}{path} was given; there is no such file.\n"
+            f"Give the directory of an earlier run, or the last.pt in it, as in {key}outputs/DATE/RUN."
         )
     try:
         with warnings.catch_warnings():
@@ -76,14 +78,14 @@ def load(path: str | Path) -> dict[str, Any]:
             state = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
     except Exception as error:  # a parser that is given any bytes at all may fail in any way
         raise RevtrainError(
-            f"resume={path} was given; the file is truncated, or no checkpoint at all.\n"
+            f"{key}{path} was given; the file is truncated, or no checkpoint at all.\n"
             f"({_first_line(error)})\n"
             "Give the last.pt of an earlier run of revtrain; nothing was changed."
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = sorted(map(str, state))[:4] if isinstance(state, dict) else type(state).__name__
         raise RevtrainError(
-            f"resume={path} was given; the file is no checkpoint of this revtrain ({FORMAT!r}).\n"
+            f"{key}{path} was given; the file is no checkpoint of this revtrain ({FORMAT!r}).\n"
             f"It holds: {found}.\nGive the last.pt of an earlier run of revtrain; nothing was changed."
         )
     return state

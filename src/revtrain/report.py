@@ -20,6 +20,7 @@ from typing import Any
 
 from revtrain.fidelity import trusted
 from revtrain.files import write_atomic
+from revtrain.reporting import figures
 
 log = logging.getLogger(__name__)
 
@@ -33,19 +34,24 @@ LINE_KEYS = (
 # the columns of the HParams tab
 KEY_METRICS = ("accuracy/test", "snr_db/min", "memory/bytes_per_pixel")
 EXACT_DB = 320.0  # revtrain.measure.SNR_CEILING_DB: no error at all; named here, too, since that imports torch
+FIGURES = 10  # SNR profiles a run: as many images of one tag as TensorBoard shows
 # the custom-scalars tab, so that the dashboard opens on meaning; its tags are regular expressions
 LAYOUT = {
-    "revtrain": {
-        "accuracy": ["Multiline", ["accuracy/test", "accuracy/train"]],
-        "loss": ["Multiline", ["loss/test", "loss/train"]],
+    "accuracy, SNR, memory, speed": {
+        "accuracy": ["Multiline", ["accuracy/test"]],
         "SNR (dB), minimum": ["Multiline", ["snr_db/min$"]],
-        "gradients, least cosine": ["Multiline", ["gradients/minimum_cosine"]],
-        "SNR (dB), per layer": ["Multiline", ["snr_db/(?!min$)"]],
         "memory (bytes per pixel)": ["Multiline", ["memory/bytes_per_pixel"]],
-        "memory (peak VRAM, MiB)": ["Multiline", ["memory/peak_vram_mib"]],
         "speed (images/s)": ["Multiline", ["speed/images_per_second"]],
+    },
+    "more": {
+        "accuracy, training images": ["Multiline", ["accuracy/train"]],
+        "loss": ["Multiline", ["loss/test", "loss/train"]],
+        "gradients, least cosine": ["Multiline", ["gradients/minimum_cosine"]],
+        "gradients, greatest relative error": ["Multiline", ["gradients/maximum_relative_error"]],
+        "SNR (dB), per layer": ["Multiline", ["snr_db/(?!min$)"]],
+        "memory (peak VRAM, MiB)": ["Multiline", ["memory/peak_vram_mib"]],
         "learning rate": ["Multiline", ["lr"]],
-    }
+    },
 }
 
 
@@ -155,8 +161,12 @@ class Report:
             },
         )
 
-    def start(self, history: list[dict[str, Any]]) -> None:
-        """Open the files; the lines of a run that is continued come first, in place of those it left here."""
+    def start(self, history: list[dict[str, Any]], timeline: Any = None) -> None:
+        """Open the files; the lines of a run that is continued come first, in place of those it left here.
+
+        Args:
+            timeline: a `revtrain.measure.StepTimeline` to draw.
+        """
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
@@ -172,6 +182,10 @@ class Report:
         self._writer.file_writer.add_summary(experiment)
         self._writer.file_writer.add_summary(session_start)
         self._writer.add_custom_scalars(LAYOUT)
+        if timeline is not None and figures.available():
+            title = f"Memory of one training step, {config['arch']}, batch {timeline.batch}: live storages, counted"
+            figure = figures.memory_timeline_figure(timeline.live_bytes, timeline.ends, timeline.always_bytes, title)
+            self._figure("memory/timeline", figure, 0)
         for line in history:
             self._take(line)
         write_result(self.run_dir, {**self.result, "status": "running"})
@@ -213,6 +227,10 @@ class Report:
         for tag, value in scalars.items():
             if value is not None:
                 self._writer.add_scalar(tag, value, line["epoch"])
+        if line["snr_db"] and figures.available() and self._is_due(line["epoch"]):
+            forward = dict(reversed(snr["layers"].items()))  # the probe meets the last layer first
+            title = f"SNR of the rebuilt activations, {self.result['arch']}, after epoch {line['epoch']}"
+            self._figure("snr_db/profile", figures.snr_profile_figure(forward, title), line["epoch"])
         self._writer.flush()
 
     def finish(self, status: str, error: BaseException | None = None) -> None:
@@ -248,6 +266,14 @@ class Report:
         rule = "-" * max(len(title), 60)
         return "\n".join([rule, title, *(f"  {name:<{width}}  {text}" for name, text in rows.items()), rule])
 
+    def _is_due(self, epoch: int) -> bool:
+        """Whether this epoch is one of those whose SNR profile is drawn: the first, the last, some between."""
+        epochs = self.result["config"]["epochs"]
+        return epoch == epochs or epoch % max(1, -(-epochs // (FIGURES - 1))) == 0
+
+    def _figure(self, tag: str, figure: Any, epoch: int) -> None:
+        self._writer.add_image(tag, figures.pixels(figure), epoch, dataformats="HWC")
+
     def _update_result(self) -> None:
         trained = [line for line in self.history if line["train_seconds"] is not None]
         probed = [line["snr_db"] for line in self.history if line["snr_db"]]
@@ -272,7 +298,7 @@ class Report:
 class SilentReport(Report):
     """Collects what `Report` does and writes nothing: for the processes of a run that do not lead."""
 
-    def start(self, history: list[dict[str, Any]]) -> None:
+    def start(self, history: list[dict[str, Any]], timeline: Any = None) -> None:
         for line in history:
             self.epoch(line)
 

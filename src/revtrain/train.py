@@ -203,7 +203,7 @@ def _fit(
         start, best_accuracy, history = resumed["epoch"], resumed["best_accuracy"], resumed["history"]
         checkpoint.restore(resumed, model, optimizer, scaler, generator, device)
         log.info("resume     %s after epoch %d", cfg.resume, start)
-    report.start(history)
+    report.start(history, memory.timeline)
 
     # ---- probe: SNR of reconstructed activations, and gradients, on one fixed, unaugmented batch -
     chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[: cfg.probe.batch]
@@ -238,6 +238,12 @@ def _fit(
                 "config": report.result["config"],
                 "overrides": report.result["overrides"],
                 "classes": classes,
+                "data": {
+                    "classes": list(data.classes),
+                    "image_size": size,
+                    "mean": data.mean.tolist(),
+                    "std": data.std.tolist(),
+                },
                 "processes": team.size,
                 "epoch": epoch,
                 "best_accuracy": best_accuracy,

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from revtrain.data import Split, user_cache
 from revtrain.errors import RevtrainError
@@ -87,6 +88,61 @@ def _listing(folder: Path) -> ImageFolder:
 
 def _few(names: list[str]) -> str:
     return ", ".join(names[:5] or ["none"]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+# ---- images of other folders, for a network that is trained already ----------------------------------------
+
+
+def load_labelled(folder: str | Path, image_size: int) -> tuple[Split, list[str]]:
+    """Images and class names of FOLDER/test/CLASS/*, or of FOLDER/CLASS/* where there is no such folder.
+
+    Every image comes to `image_size` pixels a side as with `data.image_size`; nothing is cached.
+
+    Raises:
+        RevtrainError: no folder, no images, or one that cannot be used.
+    """
+    root = Path(folder).expanduser()
+    root = root / "test" if (root / "test").is_dir() else root
+    if not root.is_dir():
+        raise RevtrainError(f"There is no folder {root}.\nGive one that holds test/CLASS/* or CLASS/*.")
+    try:
+        source = ImageFolder(root)
+    except FileNotFoundError as error:
+        raise RevtrainError(
+            f"{root} has no images, or a class without one: {str(error).splitlines()[0]}\n"
+            "Give a folder that holds test/CLASS/* or CLASS/*, each class with at least one image (jpg, png, ...)."
+        ) from error
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        images = _decode(source, image_size, True, pool)
+    return Split(torch.from_numpy(images), torch.tensor(source.targets)), source.classes
+
+
+def image_files(folder: str | Path) -> list[Path]:
+    """All image files in a folder and those below it, by name; or the one file that was given.
+
+    Raises:
+        RevtrainError: there is no such folder, or no image in it.
+    """
+    root = Path(folder).expanduser()
+    if root.is_file():
+        return [root]
+    found = sorted(each for each in root.rglob("*") if each.suffix.lower() in IMG_EXTENSIONS and each.is_file())
+    if not found:
+        what = "holds no images" if root.is_dir() else "is no folder"
+        raise RevtrainError(f"{root} {what}.\nGive a folder with images: {', '.join(IMG_EXTENSIONS)}.")
+    return found
+
+
+def read_image(path: str | Path, image_size: int) -> torch.Tensor:
+    """One image as RGB, (3, image_size, image_size) uint8: the shorter side resized, the centre cut out.
+
+    Raises:
+        RevtrainError: it is not an image, is damaged, or claims to be huge.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return torch.from_numpy(_pixels(str(path), image_size, resize=True).copy())
 
 
 # ---- decoding ----------------------------------------------------------------------------------------------

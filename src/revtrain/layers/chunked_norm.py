@@ -120,6 +120,8 @@ def normalise(x: Tensor, norm: nn.BatchNorm2d, chunk_bytes: int) -> Tensor:
     The two backward modes are then one function to the last bit: one of a different rounding would cross other kinks of
     the activations, which changes gradients by more than rounding does.
     """
+    if torch.compiler.is_exporting():  # a graph for inference has no chunks, nor a number of images
+        return norm(x)
     return _Normalise.apply(x, norm.weight, norm.bias, norm, chunk_bytes)
 
 

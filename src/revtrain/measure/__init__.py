@@ -8,7 +8,7 @@ LiveStorages          the counter behind it, for any code
 """
 
 from revtrain.measure.gradients import GradientFidelity, probe_gradients
-from revtrain.measure.memory import LiveStorages, StepMemory, measure_step_memory, training_step_memory
+from revtrain.measure.memory import LiveStorages, StepMemory, StepTimeline, measure_step_memory, training_step_memory
 from revtrain.measure.snr import SNR_CEILING_DB, SnrObserver, probe_snr, snr_db, stream_overflows
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "LiveStorages",
     "SnrObserver",
     "StepMemory",
+    "StepTimeline",
     "measure_step_memory",
     "probe_gradients",
     "probe_snr",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -69,6 +69,20 @@ class LiveStorages(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
+class StepTimeline:
+    """Live bytes over one training step, weights and momentum (`always_bytes`) included.
+
+    `live_bytes` is their number after each allocation and each release; `ends` says at which index of it the
+    forward and the backward pass and the optimizer's step end.
+    """
+
+    live_bytes: list[int]
+    ends: dict[str, int]
+    always_bytes: int
+    batch: int  # images of this process
+
+
+@dataclass(frozen=True)
 class StepMemory:
     """Bytes of one training step; see `measure_step_memory`."""
 
@@ -80,9 +94,7 @@ class StepMemory:
     optimizer_bytes: int  # momentum
     activation_bytes: int  # what the peak of forward and backward adds to the three above
     bytes_per_pixel: float  # slope of that peak over batch * height * width
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    timeline: StepTimeline = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,7 @@ class _Peaks:
     parameters: int
     gradients: int
     optimizer: int
+    timeline: StepTimeline = field(repr=False, compare=False)
 
 
 def training_step_memory(
@@ -108,7 +121,7 @@ def training_step_memory(
     second step is the typical one: momentum
     exists and the gradients of the first are gone.
     """
-    counter = LiveStorages()
+    counter, ends = LiveStorages(record=True), {}
     with counter:
         model, optimizer = make()
         model.train()
@@ -119,15 +132,20 @@ def training_step_memory(
             images = torch.empty(batch, 3, image_size, image_size, device=device, dtype=dtype).normal_()
             labels = torch.zeros(batch, dtype=torch.int64, device=device)
             counter.reset_peak()
+            counter.timeline.clear()
             with torch.autocast(device, dtype, enabled=dtype != torch.float32):
                 loss = F.cross_entropy(model(images), labels)
+            ends["forward"] = len(counter.timeline)
             loss.backward()
+            ends["backward"] = len(counter.timeline)
             forward_backward = counter.peak_bytes
             del images, labels, loss
             gradients = counter.live_bytes - between
             optimizer.step()
             step = max(forward_backward, counter.peak_bytes)
-    return _Peaks(forward_backward, step, parameters, gradients, between - parameters)
+            ends["optimizer"] = len(counter.timeline)
+        timeline = StepTimeline(counter.timeline[:], ends, always_bytes=between, batch=batch)
+    return _Peaks(forward_backward, step, parameters, gradients, between - parameters, timeline)
 
 
 def measure_step_memory(cfg: Any, classes: int, image_size: int, batch: int) -> StepMemory:
@@ -158,4 +176,5 @@ def measure_step_memory(cfg: Any, classes: int, image_size: int, batch: int) -> 
         optimizer_bytes=full.optimizer,
         activation_bytes=max(0, full.forward_backward - fixed),
         bytes_per_pixel=(full.forward_backward - half.forward_backward) / pixels if pixels else 0.0,
+        timeline=full.timeline,
     )

@@ -1,0 +1,108 @@
+"""From a checkpoint to the network it holds, ready for inference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor, nn
+
+from revtrain import checkpoint
+from revtrain import device as devices
+from revtrain.config import Config, validate
+from revtrain.data import normalise
+from revtrain.errors import RevtrainError
+from revtrain.models import build_model
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network and what its inputs and outputs mean.
+
+    `mean` and `std` are (3,) float32, of the images it was trained on, per channel, in units of the full scale (0..1).
+    """
+
+    path: Path  # of the checkpoint
+    cfg: DictConfig  # of the run
+    epoch: int  # epochs completed
+    model: nn.Module  # in eval mode
+    classes: tuple[str, ...]
+    image_size: int  # side in pixels
+    mean: Tensor
+    std: Tensor
+    device: torch.device
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, classes) float32 on the CPU, of images (B, 3, H, W) uint8, in the precision of the run."""
+        with torch.no_grad(), devices.autocast(self.device, self.cfg.precision):
+            return self.model(normalise(images.to(self.device), self.mean, self.std)).float().cpu()
+
+    def rebuilt(self, **changes: Any) -> nn.Module:
+        """The same weights in a network of a configuration with other values, e.g. `backward="store"`; on the CPU."""
+        model = build_model(OmegaConf.merge(self.cfg, changes), len(self.classes), self.image_size)
+        model.load_state_dict(self.model.state_dict())
+        return model.eval().requires_grad_(False)
+
+
+def restore(path: str | Path, device: str = "cpu") -> Trained:
+    """The network in a checkpoint.
+
+    Args:
+        path: of the checkpoint, or of the run directory that holds it.
+        device: as `device=` of a run.
+
+    Raises:
+        RevtrainError: the checkpoint is missing, damaged or of another version, or the device is absent.
+    """
+    state = checkpoint.load(path, key="")
+    path = Path(path) / checkpoint.NAME if Path(path).is_dir() else Path(path)
+    chosen = devices.choose_device(device)
+    try:
+        cfg = OmegaConf.merge(OmegaConf.structured(Config), state["config"], {"resume": None, "experiment": None})
+        validate(cfg)
+        names, size, mean, std = _meaning(state, cfg, path)
+        model = build_model(cfg, len(names), size)
+        model.load_state_dict(state["model"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, OmegaConfBaseException) as error:
+        raise RevtrainError(
+            f"{path}: what this checkpoint holds does not fit together ({_first_line(error)}).\n"
+            "It may come from another version of revtrain; use that version, or train anew."
+        ) from error
+    devices.check_precision(chosen, cfg.precision)
+    model.eval().requires_grad_(False).to(chosen)
+    return Trained(path, cfg, state["epoch"], model, names, size, mean, std, chosen)
+
+
+def _meaning(state: dict[str, Any], cfg: DictConfig, path: Path) -> tuple[tuple[str, ...], int, Tensor, Tensor]:
+    """Names of the classes, side in pixels, mean and deviation; of an older checkpoint, from its data set."""
+    if "data" in state:
+        data = state["data"]
+        mean, std = (torch.tensor(data[name], dtype=torch.float32) for name in ("mean", "std"))
+        if not (len(data["classes"]) == state["classes"] and mean.shape == std.shape == (3,)):
+            raise ValueError("number of classes or channels")
+        return tuple(map(str, data["classes"])), int(data["image_size"]), mean, std
+    own = own_data(cfg, path)
+    return tuple(own.classes), own.image_size, own.mean, own.std
+
+
+def own_data(cfg: DictConfig, path: Path) -> Any:
+    """The data set that the run was trained on (a `revtrain.data.Dataset`).
+
+    Raises:
+        RevtrainError: it is no longer where it was.
+    """
+    from revtrain.data import load_data
+
+    try:
+        return load_data(cfg.data)
+    except RevtrainError as error:
+        raise RevtrainError(f"{path}: the data set of this run cannot be read.\n{error}") from error
+
+
+def _first_line(error: Exception) -> str:
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    return text if len(text) <= 100 else text[:97] + "..."

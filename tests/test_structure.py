@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "__init__": {"errors"},
     "__main__": {"cli"},
     "errors": set(),
-    "files": set(),
+    "files": {"errors"},
+    "preemption": set(),
     "config": {"errors"},
     "invertible": BASE,
     "stream": BASE | {"invertible"},
@@ -37,8 +38,8 @@ MAY_IMPORT = {
     "measure": BASE | CORE | {"layers", "models", "optim", "device"},
     "plan": BASE | CORE | {"layers", "models", "measure", "optim", "device"},
     "theory": BASE | CORE | {"layers", "measure"},
-    "train": BASE | {"data", "models", "measure", "report", "checkpoint", "optim", "device", "plan"},
-    "cli": BASE | {"train", "report", "checkpoint", "__init__"},
+    "train": BASE | {"preemption", "data", "models", "measure", "report", "checkpoint", "optim", "device", "plan"},
+    "cli": BASE | {"preemption", "train", "report", "checkpoint", "__init__"},
 }
 
 

@@ -7,6 +7,7 @@ when something is, and turns the end of the run into an exit code:
     1    a bug in revtrain, or a sweep in which jobs failed
     2    something the user can mend
     130  Ctrl-C
+    143  SIGTERM
 
 torch is imported inside the task, so that --help, shell completion and refusals answer at once.
 """
@@ -33,7 +34,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from revtrain import __version__
+from revtrain import __version__, preemption
 from revtrain.config import did_you_mean, expected, schema, validate
 from revtrain.errors import RevtrainError
 
@@ -41,7 +42,7 @@ log = logging.getLogger(__name__)
 file_log = logging.getLogger("revtrain.errors")  # train.log alone
 
 GROUPS = ("arch", "data", "experiment")
-COMPLETED, BUG, MENDABLE, INTERRUPTED = 0, 1, 2, 130
+COMPLETED, BUG, MENDABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 _exit_codes: list[int] = []  # of the jobs that ran in this process
 _sweeps: list[Path] = []  # folders of the sweeps that this process started
@@ -65,12 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"revtrain {__version__} (Hydra {hydra.__version__})")
             return COMPLETED
         _check_flags(argv)
-        with _raising_hydra(argv):
+        with _raising_hydra(argv), preemption.watching():
             _run()
-    except KeyboardInterrupt:
-        _say("Interrupted.")
+    except KeyboardInterrupt as end:
+        terminated = isinstance(end, preemption.Terminated)
+        _say("Ended by SIGTERM." if terminated else "Interrupted.")
         _list_sweeps()
-        return INTERRUPTED
+        return TERMINATED if terminated else INTERRUPTED
     except SystemExit as end:  # Hydra's --help and the like
         return end.code if isinstance(end.code, int) else COMPLETED
     except Exception as error:
@@ -104,9 +106,10 @@ def _run(cfg: DictConfig) -> float | None:
         from revtrain.train import train
 
         result = train(cfg, run_dir, overrides)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as end:
         _record(run_dir, cfg, overrides, "interrupted")
-        _say(_how_to_continue(run_dir, overrides))
+        kept = "step" if isinstance(end, preemption.Terminated) else "epoch"
+        _say(_how_to_continue(run_dir, overrides, kept))
         raise
     except Exception as error:
         _record(run_dir, cfg, overrides, "failed", error)
@@ -147,23 +150,25 @@ class Sweep(Callback):
 
 def _record(run_dir: Path, cfg: DictConfig, overrides: list[str], status: str, error: Exception | None = None) -> None:
     """Write result.json where `train` was not reached; it writes its own, and none beside an earlier run."""
+    from revtrain.files import exclusive
     from revtrain.report import holds_run, new_result, one_line, write_result
 
-    if holds_run(run_dir):
+    if not run_dir.is_dir() or holds_run(run_dir):
         return
     config = OmegaConf.to_container(cfg, resolve=False)
     described = None if error is None else explain(error) or one_line(error)
-    with suppress(OSError):  # the folder may be what is wrong
+    # the folder may be what is wrong, or another run may be about to write there
+    with suppress(OSError, RevtrainError), exclusive(run_dir):
         write_result(run_dir, {**new_result(config, overrides), "status": status, "error": described})
 
 
-def _how_to_continue(run_dir: Path, overrides: list[str]) -> str:
+def _how_to_continue(run_dir: Path, overrides: list[str], kept: str) -> str:
     if not (run_dir / "last.pt").exists():
         return f"Stopped before training; nothing to continue from in {run_dir}."
     from revtrain.checkpoint import command
 
     return (
-        f"Stopped. The last completed epoch is in {run_dir / 'last.pt'}; continue with:\n{command(overrides, run_dir)}"
+        f"Stopped. The last completed {kept} is in {run_dir / 'last.pt'}; continue with:\n{command(overrides, run_dir)}"
     )
 
 

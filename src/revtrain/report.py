@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -49,9 +50,9 @@ LAYOUT = {
 def new_result(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """result.json as it is before anything was measured. Units are in the names; accuracies are 0..1.
 
-    `status` is completed, failed, interrupted (Ctrl-C), or planned (`plan=true`: nothing was trained). `plan` is
-    what `revtrain.plan.Plan` lists, sizes in bytes, where `plan`, `memory_limit` or `batch=auto` asked for it;
-    `config` then holds the number of images that `batch=auto` came to. `snr_db` is {"minimum", "minimum_layer",
+    `status` is completed, failed, interrupted (Ctrl-C or SIGTERM), or planned (`plan=true`: nothing was trained).
+    `plan` is what `revtrain.plan.Plan` lists, sizes in bytes, where `plan`, `memory_limit` or `batch=auto` asked for
+    it; `config` then holds the number of images that `batch=auto` came to. `snr_db` is {"minimum", "minimum_layer",
     "layers"} of the last probe, null in store mode. `stream_overflows` counts the values that left the range of an
     integer stream since the run was started or resumed; null for other streams. `peak_vram_mib` is {"allocated",
     "reserved"} over the training steps, null without CUDA. `memory_bytes` takes the peak of one training step apart.
@@ -126,7 +127,8 @@ class Report:
     def __init__(self, run_dir: Path, config: dict[str, Any], overrides: list[str]):
         self.run_dir = Path(run_dir)
         self.result = new_result(config, overrides)
-        self.history: list[dict[str, Any]] = []
+        self.lines = 0  # in metrics.jsonl
+        self._trained_images, self._train_seconds = 0, 0.0
         self._writer = None
 
     def planned(self, plan: Any) -> None:
@@ -172,8 +174,10 @@ class Report:
         line = _finite(line)
         with open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
-        self.history.append(line)
-        self._update_result()
+            file.flush()
+            os.fsync(file.fileno())  # the next checkpoint counts on it
+        self.lines += 1
+        self._update_result(line)
 
         snr = line["snr_db"] or {"minimum": None, "layers": {}}
         vram = line["peak_vram_mib"] or {"allocated": None}
@@ -198,11 +202,13 @@ class Report:
         """Write result.json and close the files."""
         self.result["status"] = status
         self.result["error"] = None if error is None else one_line(error)
-        write_result(self.run_dir, self.result)
-        if self._writer is not None:
-            if status == "completed":
-                self._writer.file_writer.add_summary(self._session_end)
-            self._writer.close()
+        try:
+            write_result(self.run_dir, self.result)
+        finally:
+            if self._writer is not None:
+                if status == "completed":
+                    self._writer.file_writer.add_summary(self._session_end)
+                self._writer.close()
 
     def table(self) -> str:
         """The last word on the terminal."""
@@ -215,7 +221,7 @@ class Report:
             "minimum SNR": _snr(snr),
             "memory": f"{result['bytes_per_pixel']:.1f} bytes per pixel, weights and their gradients apart",
             "peak VRAM": "no CUDA",
-            "speed": f"{result['images_per_second']:,.0f} images/s, {result['train_seconds']:,.0f} s in all",
+            "speed": f"{_rate(result['images_per_second'])}, {result['train_seconds']:,.0f} s in all",
             "run": folder,
             "dashboard": f"tensorboard --logdir {folder}",
         }
@@ -226,22 +232,25 @@ class Report:
         rule = "-" * max(len(title), 60)
         return "\n".join([rule, title, *(f"  {name:<{width}}  {text}" for name, text in rows.items()), rule])
 
-    def _update_result(self) -> None:
-        trained = [line for line in self.history if line["train_seconds"] is not None]
-        probed = [line["snr_db"] for line in self.history if line["snr_db"]]
-        peaks = [line["peak_vram_mib"] for line in self.history if line["peak_vram_mib"]]
-        accuracies = [line["accuracy_test"] for line in trained if line["accuracy_test"] is not None]
-        seconds = sum(line["train_seconds"] for line in trained)
-        self.result.update(
-            epochs=self.history[-1]["epoch"],
-            test_accuracy=accuracies[-1] if accuracies else None,
-            best_test_accuracy=max(accuracies, default=None),
-            train_seconds=seconds if trained else None,
-            images_per_second=sum(line["train_images"] for line in trained) / seconds if seconds else None,
-            snr_db=probed[-1] if probed else None,
-            stream_overflows=self.history[-1].get("stream_overflows"),
-            peak_vram_mib={key: max(peak[key] for peak in peaks) for key in peaks[0]} if peaks else None,
-        )
+    def _update_result(self, line: dict[str, Any]) -> None:
+        """Take a line into the sums and maxima; the lines themselves are not kept, a run may have very many."""
+        result = self.result
+        result.update(epochs=line["epoch"], stream_overflows=line.get("stream_overflows"))
+        if line["snr_db"]:
+            result["snr_db"] = line["snr_db"]
+        if peak := line["peak_vram_mib"]:
+            before = result["peak_vram_mib"] or peak
+            result["peak_vram_mib"] = {key: max(before[key], peak[key]) for key in peak}
+        if line["train_seconds"] is None:
+            return
+        if (accuracy := line["accuracy_test"]) is not None:
+            result["test_accuracy"] = accuracy
+            result["best_test_accuracy"] = max(accuracy, result["best_test_accuracy"] or 0.0)
+        self._trained_images += line["train_images"]
+        self._train_seconds += line["train_seconds"]
+        result["train_seconds"] = self._train_seconds
+        # a clock that stood still measures nothing
+        result["images_per_second"] = self._trained_images / self._train_seconds if self._train_seconds else None
 
 
 def _finite(value: Any) -> Any:
@@ -259,6 +268,10 @@ def _snr(snr: dict[str, Any] | None) -> str:
     if snr["minimum"] >= EXACT_DB:
         return "exact: every layer's input was rebuilt to the last bit"
     return f"{snr['minimum']:.1f} dB at {snr['minimum_layer']}"
+
+
+def _rate(images_per_second: float | None) -> str:
+    return "not measured" if images_per_second is None else f"{images_per_second:,.0f} images/s"
 
 
 def _percent(accuracy: float | None) -> str:

@@ -5,9 +5,12 @@ B images of a batch, H = W pixels a side. `train` guards, `_train` does the work
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +20,49 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from revtrain import checkpoint
+from revtrain import checkpoint, preemption
 from revtrain import device as devices
 from revtrain.config import REVERSIBLE, validate
 from revtrain.errors import RevtrainError
-from revtrain.files import DISK_FULL
+from revtrain.files import DISK_FULL, exclusive
 from revtrain.optim import learning_rate, make_optimizer
 from revtrain.report import LINE_KEYS, Report, holds_run
 
 log = logging.getLogger(__name__)
 
 CHECK_EVERY = 20  # steps between two looks at the losses: each look waits for the GPU
+
+
+@dataclass
+class Progress:
+    """How far an epoch has come: what a run that is ended within it needs to go on to the same numbers."""
+
+    order: Tensor  # (N,) int64: the order of the training images in this epoch
+    losses: Tensor  # (steps of an epoch,): the losses of the first `step` steps, then zeros
+    correct: Tensor  # () int64: training images classified correctly
+    step: int = 0  # steps done
+    seconds: float = 0.0  # that they took
+
+    @classmethod
+    def begin(cls, images: int, steps: int, generator: torch.Generator, device: torch.device) -> Progress:
+        return cls(
+            order=torch.randperm(images, generator=generator),
+            losses=torch.zeros(steps, device=device),
+            correct=torch.zeros((), dtype=torch.int64, device=device),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any], device: torch.device) -> Progress:
+        try:
+            return cls(**saved | {key: saved[key].to(device) for key in ("losses", "correct")})
+        except (TypeError, KeyError, AttributeError) as error:
+            raise RevtrainError(
+                f"resume: what the checkpoint says of the epoch under way is incomplete ({error}).\n"
+                "Begin at the end of the last complete epoch: the previous.pt beside it."
+            ) from error
 
 
 def train(cfg: Any, run_dir: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
@@ -46,19 +81,32 @@ def train(cfg: Any, run_dir: str | Path, overrides: list[str] | None = None) -> 
             full, or the loss is no longer finite; or `run_dir` holds a run already.
         KeyboardInterrupt: Ctrl-C.
         In both cases result.json says so and last.pt holds the last completed epoch, epoch 0 being the start.
+        revtrain.preemption.Terminated: SIGTERM; last.pt holds the last completed step, also within an epoch.
     """
-    run_dir = Path(run_dir)
+    run_dir = Path(run_dir).absolute()
+    try:
+        with preemption.watching(), exclusive(run_dir):
+            return _train_alone(cfg, run_dir, list(overrides or ()))
+    except OSError as error:
+        mendable = _explain(error, run_dir, list(overrides or ()))
+        if mendable is None:
+            raise
+        raise mendable from error
+
+
+def _train_alone(cfg: Any, run_dir: Path, overrides: list[str]) -> dict[str, Any]:
+    """`train` in a folder that exists and that no other process uses."""
     if holds_run(run_dir):
         raise RevtrainError(
             f"{run_dir} already holds a run; nothing of it was changed.\n"
             "Choose another folder, or leave hydra.run.dir out: each run then gets a new one."
         )
-    report = Report(run_dir, OmegaConf.to_container(cfg, resolve=True), list(overrides or ()))
+    report = Report(run_dir, OmegaConf.to_container(cfg, resolve=True), overrides)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         report.finish(_train(cfg, run_dir, report))
     except KeyboardInterrupt:
-        report.finish("interrupted")
+        with suppress(OSError):
+            report.finish("interrupted")
         raise
     except Exception as error:
         mendable = _explain(error, run_dir, report.result["overrides"])
@@ -110,13 +158,14 @@ def _train(cfg: Any, run_dir: Path, report: Report) -> str:
     cap_memory(cfg, device)
     generator = torch.Generator().manual_seed(cfg.seed)
     if resumed is not None:
-        for difference in checkpoint.check_compatible(resumed, report.result["config"], classes):
+        for difference in checkpoint.check_compatible(resumed, report.result["config"], classes, available):
             log.warning("resume     no longer bit-equal to an uninterrupted run: %s", difference)
     log.info("data       %s: %d + %d images, %dx%d, %d classes",
              cfg.data.name, available, len(data.test.labels), size, size, classes)  # fmt: skip
 
     try:
-        _fit(cfg, run_dir, report, data, device, generator, resumed)
+        with preemption.deferred():
+            _fit(cfg, run_dir, report, data, device, generator, resumed)
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -168,11 +217,14 @@ def _fit(
     rate = learning_rate(cfg, cfg.epochs * steps_per_epoch)
 
     # ---- resume: weights, momentum, random states ------------------------------------------------
-    start, best_accuracy, history = 0, 0.0, []
+    start, best_accuracy, history, progress = 0, 0.0, [], None
     if resumed is not None:
         start, best_accuracy, history = resumed["epoch"], resumed["best_accuracy"], resumed["history"]
         checkpoint.restore(resumed, model, optimizer, scaler, generator, device)
-        log.info("resume     %s after epoch %d", cfg.resume, start)
+        if resumed["partial"] is not None:
+            progress = Progress.from_dict(resumed["partial"], device)
+        log.info("resume     %s after epoch %d%s", cfg.resume, start,
+                 f" and {progress.step} of {steps_per_epoch} steps" if progress else "")  # fmt: skip
     report.start(history)
 
     # ---- probe: the SNR of reconstructed activations on one fixed, unaugmented batch -------------
@@ -185,38 +237,53 @@ def _fit(
         with devices.autocast(device, cfg.precision):
             return summarise_snr(probe_snr(model, inputs, labels[chosen].to(device)))
 
-    def save(epoch: int) -> None:
+    def save(epoch: int, progress: Progress | None = None) -> None:
         checkpoint.save(
             run_dir / checkpoint.NAME,
             {
                 "config": report.result["config"],
                 "overrides": report.result["overrides"],
                 "classes": classes,
+                "images": len(labels),
                 "epoch": epoch,
+                "partial": progress.as_dict() if progress else None,
                 "best_accuracy": best_accuracy,
-                "history": report.history,
+                "lines": report.lines,
                 **checkpoint.capture(model, optimizer, scaler, generator, device),
             },
         )
 
-    if not history:
+    def stop_if_asked() -> None:
+        """After SIGTERM, save the epoch under way and end; no step is lost."""
+        if not preemption.asked():
+            return
+        if progress is not None:
+            _check_finite(progress.losses[: progress.step], epoch, cfg)
+            _check_weights(model, epoch, cfg)
+            save(epoch - 1, progress)
+            log.info("stopped    SIGTERM in epoch %d, after %d of %d steps", epoch, progress.step, steps_per_epoch)
+        raise preemption.Terminated
+
+    if resumed is None:
         report.epoch(_line(epoch=0, step=0, snr_db=probe(0)))
-    save(start)  # also the first epoch can be interrupted
+    save(start, progress)  # also the first epoch can be interrupted
 
     overflows = _Overflows(model, cfg)
 
     # ---- the loop --------------------------------------------------------------------------------
     for epoch in range(start + 1, cfg.epochs + 1):
+        stop_if_asked()
         model.train()
         devices.reset_peak(device)
-        losses = torch.zeros(steps_per_epoch, device=device)
-        correct = torch.zeros((), dtype=torch.int64, device=device)
-        order = torch.randperm(len(labels), generator=generator)
+        if progress is None:
+            progress = Progress.begin(len(labels), steps_per_epoch, generator, device)
+        order, losses, correct = progress.order, progress.losses, progress.correct
         bar = tqdm(total=steps_per_epoch * cfg.batch, desc=f"epoch {epoch}/{cfg.epochs}", unit=" images",
                    disable=None, leave=False)  # fmt: skip
-        started = time.perf_counter()
+        bar.update(progress.step * cfg.batch)
+        clock = _Clock(progress.seconds)
         with bar:
-            for step in range(steps_per_epoch):
+            for step in range(progress.step, steps_per_epoch):
                 picked = order[step * cfg.batch : (step + 1) * cfg.batch]
                 draws = draw_augmentation(cfg.batch, size, cfg.data.augment, generator)
                 inputs = augment(images[picked].to(device), draws, mean, std, cfg.data.augment)
@@ -241,6 +308,8 @@ def _fit(
                 correct += (logits.detach().argmax(1) == targets).sum()
                 del inputs, logits, loss  # or they would still be there when the next step makes its own
                 bar.update(cfg.batch)
+                progress.step, progress.seconds = step + 1, clock.seconds()
+                stop_if_asked()
                 if (step + 1) % CHECK_EVERY == 0:
                     _check_finite(losses[: step + 1], epoch, cfg)
                     if not bar.disable:
@@ -248,41 +317,51 @@ def _fit(
                         bar.set_postfix(loss=f"{losses[: step + 1].mean().item():.3f}",
                                         accuracy=f"{correct.item() / done:.3f}")  # fmt: skip
             devices.synchronize(device)
-        seconds = time.perf_counter() - started
+        seconds = progress.seconds = clock.seconds()
         peak = devices.peak_vram_mib(device)
         _check_finite(losses, epoch, cfg)
         _check_weights(model, epoch, cfg)
         overflows.warn_once(epoch)
 
         # -- after the epoch: test, probe, report, checkpoint
-        loss_test, accuracy_test = evaluate(model, data.test, cfg, mean, std, device)
+        loss_test, accuracy_test = evaluate(model, data.test, cfg, mean, std, device, stop_if_asked)
         best_accuracy = max(best_accuracy, accuracy_test)
         trained = steps_per_epoch * cfg.batch
         line = _line(
             epoch=epoch,
             step=epoch * steps_per_epoch,
-            lr=lr,
+            lr=rate(epoch * steps_per_epoch - 1),
             loss_train=losses.mean().item(),
             loss_test=loss_test,
             accuracy_train=correct.item() / trained,
             accuracy_test=accuracy_test,
             train_images=trained,
             train_seconds=seconds,
-            images_per_second=trained / seconds,
+            images_per_second=trained / seconds if seconds else None,
             snr_db=probe(epoch),
             stream_overflows=overflows.count() if overflows.applies else None,
             peak_vram_mib=peak,
         )
         report.epoch(line)
+        progress = None
         save(epoch)
         log.info("%s", _summary(line, cfg.epochs))
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, split: Any, cfg: Any, mean: Tensor, std: Tensor, device: torch.device
+    model: nn.Module,
+    split: Any,
+    cfg: Any,
+    mean: Tensor,
+    std: Tensor,
+    device: torch.device,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
-    """Mean loss and accuracy (0..1) over a whole split (`.images`, `.labels`), unaugmented, in eval mode."""
+    """Mean loss and accuracy (0..1) over a whole split (`.images`, `.labels`), unaugmented, in eval mode.
+
+    `after_batch` is called after each batch and may raise, to stop.
+    """
     from revtrain.data import normalise
 
     model.eval()
@@ -294,6 +373,7 @@ def evaluate(
             logits = model(normalise(images.to(device), mean, std)).float()
         loss += F.cross_entropy(logits, labels, reduction="sum").cpu()
         correct += (logits.argmax(1) == labels).sum().item()
+        after_batch()
     return loss.item() / len(split.labels), correct / len(split.labels)
 
 
@@ -316,8 +396,18 @@ def _summary(line: dict[str, Any], epochs: int) -> str:
         f"epoch {line['epoch']:>{len(str(epochs))}}/{epochs}"
         f"  loss {line['loss_train']:.3f} train {line['loss_test']:.3f} test"
         f"  accuracy {100 * line['accuracy_train']:.2f} % train {100 * line['accuracy_test']:.2f} % test"
-        f"{snr}  {line['images_per_second']:,.0f} images/s"
+        f"{snr}" + (f"  {line['images_per_second']:,.0f} images/s" if line["images_per_second"] else "")
     )
+
+
+class _Clock:
+    """Seconds since it was made, from a given number on; never fewer than that, whatever the clock does."""
+
+    def __init__(self, seconds: float):
+        self.before, self.started = seconds, time.perf_counter()
+
+    def seconds(self) -> float:
+        return self.before + max(0.0, time.perf_counter() - self.started)
 
 
 # ---- warnings and errors -------------------------------------------------------------------------
@@ -385,8 +475,13 @@ def _explain(error: Exception, run_dir: Path, overrides: list[str]) -> RevtrainE
             f"{checkpoint.command(overrides, run_dir)}"
         )
     if isinstance(error, OSError) and error.filename:
-        at = Path(error.filename)
+        at = Path(error.filename).absolute()
         if at == run_dir or at in run_dir.parents or run_dir in at.parents:
+            if error.errno == errno.ENOENT and not run_dir.exists():
+                return RevtrainError(
+                    f"{run_dir} was deleted while the run was writing to it; what it held is gone.\n"
+                    "Run the same command again."
+                )
             return RevtrainError(
                 f"{error.filename}: {error.strerror}. The run's files go to {run_dir}.\n"
                 "Choose another folder with hydra.run.dir=FOLDER, or give yourself the right to write there."

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import stat
 import tempfile
 import warnings
 import zipfile
@@ -102,7 +103,7 @@ def _decode_all(train: ImageFolder, test: ImageFolder, image_size: int | None) -
 
 
 def _decode(source: ImageFolder, side: int, resize: bool, pool: ThreadPoolExecutor) -> np.ndarray:
-    images = np.empty((len(source), 3, side, side), np.uint8)
+    images = _room_for(len(source), side, source.root)
 
     def decode(index: int) -> None:
         images[index] = _pixels(source.samples[index][0], side, resize)
@@ -110,6 +111,20 @@ def _decode(source: ImageFolder, side: int, resize: bool, pool: ThreadPoolExecut
     for _ in pool.map(decode, range(len(source))):  # the first failure cancels what has not begun
         pass
     return images
+
+
+def _room_for(count: int, side: int, folder: str) -> np.ndarray:
+    """An array for `count` images, refused where they would not fit this machine's memory."""
+    needed = count * 3 * side * side
+    try:
+        if needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+            raise MemoryError
+        return np.empty((count, 3, side, side), np.uint8)
+    except MemoryError as error:
+        raise RevtrainError(
+            f"{count} images of {side}x{side} pixels in {folder} need {needed / 2**30:,.1f} GiB of memory.\n"
+            "Give a smaller size, as in data.image_size=32: all images are resized to it."
+        ) from error
 
 
 def _side(path: str) -> int:
@@ -167,7 +182,12 @@ def _wrong_size(path: str, width: int, height: int, expected: str) -> RevtrainEr
 def _fingerprint(root: Path, train: ImageFolder, test: ImageFolder, image_size: int | None) -> str:
     digest = hashlib.sha256(f"{CACHE_FORMAT} {image_size}\n".encode())
     for path, _ in train.samples + test.samples:
-        status = os.stat(path)
+        try:
+            status = os.stat(path)
+        except OSError as error:  # a link to nothing, or to itself
+            raise _unreadable(path, error) from error
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+            raise RevtrainError(f"{path} is not an image, but a pipe or a device.\nRemove it.")
         digest.update(f"{os.path.relpath(path, root)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:32]
 

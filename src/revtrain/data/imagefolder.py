@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.datasets import ImageFolder
 
-from revtrain.data import Split, user_cache
+from revtrain.data import Split, check_room, user_cache
 from revtrain.errors import RevtrainError
 
 CACHE_FORMAT = 1  # part of the hash: raise it when decoding changes
@@ -103,7 +103,8 @@ def _decode_all(train: ImageFolder, test: ImageFolder, image_size: int | None) -
 
 
 def _decode(source: ImageFolder, side: int, resize: bool, pool: ThreadPoolExecutor) -> np.ndarray:
-    images = _room_for(len(source), side, source.root)
+    check_room(len(source), side, source.root)
+    images = np.empty((len(source), 3, side, side), np.uint8)
 
     def decode(index: int) -> None:
         images[index] = _pixels(source.samples[index][0], side, resize)
@@ -111,20 +112,6 @@ def _decode(source: ImageFolder, side: int, resize: bool, pool: ThreadPoolExecut
     for _ in pool.map(decode, range(len(source))):  # the first failure cancels what has not begun
         pass
     return images
-
-
-def _room_for(count: int, side: int, folder: str) -> np.ndarray:
-    """An array for `count` images, refused where they would not fit this machine's memory."""
-    needed = count * 3 * side * side
-    try:
-        if needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-            raise MemoryError
-        return np.empty((count, 3, side, side), np.uint8)
-    except MemoryError as error:
-        raise RevtrainError(
-            f"{count} images of {side}x{side} pixels in {folder} need {needed / 2**30:,.1f} GiB of memory.\n"
-            "Give a smaller size, as in data.image_size=32: all images are resized to it."
-        ) from error
 
 
 def _side(path: str) -> int:

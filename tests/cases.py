@@ -76,9 +76,12 @@ def everything() -> InvertibleChain:
 LAYERS = [
     LayerCase("batchnorm", lambda: InvertibleBatchNorm2d(4)),
     LayerCase("batchnorm-epsilon-0", lambda: InvertibleBatchNorm2d(4, epsilon_i=0.0)),
+    LayerCase("batchnorm-mixed", lambda: InvertibleBatchNorm2d(4, sign="mixed")),
+    LayerCase("batchnorm-negative", lambda: InvertibleBatchNorm2d(4, sign="negative")),
     LayerCase("leakyrelu-0.2", lambda: InvertibleLeakyReLU(0.2)),
     LayerCase("leakyrelu-1", lambda: InvertibleLeakyReLU(1.0)),
     LayerCase("coupling-conv3x3", lambda: CouplingConv2d(4)),
+    LayerCase("coupling-bounded", lambda: CouplingConv2d(4, max_gain=0.5)),
     LayerCase("coupling-conv1x1", lambda: CouplingConv2d(4, kernel_size=1)),
     LayerCase("coupling-plain", lambda: AdditiveCoupling(4, plain(2), plain(2))),
     LayerCase("coupling-dropout", lambda: AdditiveCoupling(4, plain(2, 0.5), plain(2, 0.5))),

@@ -30,6 +30,8 @@ CASES = [
     ("revnet", "store", "bf16", STRIDES, "stream=plain", "depth=1"),
     ("irevnet", "invert", "bf16", TWO_POOLS, "residual_scale=0.5", "stream=int32"),
     ("irevnet", "store", "bf16", TWO_POOLS, "stream=plain"),
+    ("layerwise", "invert", "fp32", "norm_sign=negative", "max_gain=null"),
+    ("hybrid", "invert", "fp32", "norm_sign=mixed", "max_gain=1"),
     ("hybrid", "invert", "bf16", TWO_POOLS, "stream=float32"),
     ("hybrid", "invert", "fp32", TWO_POOLS, "stream=int16"),
     ("hybrid", "store", "fp32", TWO_POOLS, "stream=plain"),

@@ -27,7 +27,7 @@ def parts(seed=0):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 10))
     optimizer = make_optimizer(
-        model, SimpleNamespace(lr=0.1, momentum=0.9, weight_decay=5e-4, decay_norm_and_bias=False)
+        model, SimpleNamespace(lr=0.1, momentum=0.9, weight_decay=5e-4, decay_norm_and_bias=False, max_gain=None)
     )
     model(torch.randn(4, 3, 8, 8)).square().mean().backward()
     optimizer.step()

@@ -25,6 +25,7 @@ import time
 import zipfile
 import zlib
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -526,6 +527,33 @@ def test_a_run_goes_on_from_the_previous_checkpoint(command, two, whole):
     assert (folder / "last.pt").read_bytes() == content[:-1]
 
 
+def test_a_run_that_goes_on_in_its_own_folder_never_keeps_the_damaged_file(command, two, whole, monkeypatch):
+    """Nor is there a moment when that is the only one: here it is killed as soon as it writes."""
+    folder, content = two
+    (folder / "last.pt").write_bytes(content[:-1])
+    words = [*BASE, f"resume={folder}", f"hydra.run.dir={folder}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", at_most(files.os.replace, ["put in place", "metrics.jsonl", "result.json"]))
+        assert command(*words).code == 1
+    assert checkpoint.load(folder / "last.pt")["epoch"] == checkpoint.load(folder / "previous.pt")["epoch"] == 1
+    resumed = command(*words)
+    assert resumed.code == 0, resumed.err
+    assert_same_run(whole, folder)
+    assert checkpoint.load(folder / "previous.pt")["epoch"] == 1
+
+
+def at_most(function, calls):
+    """The function, which fails from then on."""
+    left = iter(calls)
+
+    def wrapped(*args):
+        if next(left, None) is None:
+            raise ArithmeticError
+        return function(*args)
+
+    return wrapped
+
+
 def test_a_checkpoint_without_its_metrics_still_goes_on(tmp_path, whole, caplog):
     (tmp_path / "alone").mkdir()
     shutil.copy(whole / "previous.pt", tmp_path / "alone")
@@ -742,11 +770,12 @@ def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path):
 
 
 def test_a_folder_that_another_run_is_about_to_use_is_left_alone(command, tmp_path):
-    """The other has not written anything yet."""
-    with files.exclusive(tmp_path / "here"):
+    """The other has not written anything yet; a job of a sweep holds the same lock."""
+    (tmp_path / "here").mkdir()
+    with files.claim(tmp_path / "here" / files.LOCK):
         ran = command(*BASE, "hydra.run.dir=here")
         assert ran.code == 2 and "another run is writing there right now" in ran.err
-        assert not {each.name for each in (tmp_path / "here").iterdir()} - {".hydra", "train.log"}
+        assert not {each.name for each in (tmp_path / "here").iterdir()} - {".hydra", "train.log", files.LOCK}
     assert command(*BASE, "epochs=1", "hydra.run.dir=here").code == 0
 
 
@@ -903,7 +932,7 @@ def test_huge_numbers_are_refused_at_once(command, word):
     assert_refused(command(*PLAIN, word), word.partition("=")[0])
 
 
-# ---- long runs ---------------------------------------------------------------------------------------------------------
+# ---- long runs -------------------------------------------------------------------------------------------------
 
 
 def long_run():

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from cases import LAYERS, ids
+from cases import LAYERS, compose, ids
 
 from revtrain.chain import InvertibleChain
 from revtrain.errors import RevtrainError
@@ -13,6 +13,7 @@ from revtrain.invertible import Gradients, batch_chunks, set_chunk_mib
 from revtrain.layers import (
     AdditiveCoupling,
     BatchPooling,
+    BoundedConv2d,
     ChannelPooling,
     CouplingConv2d,
     InvertibleBatchNorm2d,
@@ -21,6 +22,8 @@ from revtrain.layers import (
     merge_sub_images,
 )
 from revtrain.layers.activation import _pack, _unpack
+from revtrain.models import build_model
+from revtrain.optim import make_optimizer
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4}
 
@@ -142,6 +145,51 @@ def test_batchnorm_gain_never_vanishes():
     torch.testing.assert_close(layer.gain(), torch.tensor([0.2, 0.1]))
 
 
+@pytest.mark.parametrize(("sign", "signs"), [("positive", {1.0}), ("negative", {-1.0}), ("mixed", {1.0, -1.0})])
+def test_the_gains_of_a_batchnorm_have_the_sign_asked_for(sign, signs):
+    torch.manual_seed(0)
+    layer = InvertibleBatchNorm2d(32, epsilon_i=0.1, sign=sign)
+    layer.weight.data[0] = -0.5
+    assert set(torch.sign(layer.gain()).tolist()) == signs
+    assert layer.gain().abs().min() > 0.1
+    again = InvertibleBatchNorm2d(32, epsilon_i=0.1, sign=sign)
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again.gain(), layer.gain()), "drawn signs belong to the state"
+
+
+def largest_singular_value(conv: torch.nn.Conv2d, side: int) -> float:
+    """Exactly, of the whole linear map on images of side x side pixels."""
+    inputs = torch.eye(conv.in_channels * side * side).view(-1, conv.in_channels, side, side)
+    with torch.no_grad():
+        return torch.linalg.matrix_norm(conv(inputs).flatten(1), 2).item()
+
+
+def test_a_bounded_convolution_keeps_to_its_bound():
+    torch.manual_seed(0)
+    conv = BoundedConv2d(4, max_gain=0.8)
+    conv.weight.data.mul_(10)
+    conv.constrain_()
+    assert largest_singular_value(conv, 8) == pytest.approx(0.8, rel=0.02)
+    assert largest_singular_value(conv, 16) < 0.9, "other image sizes have nearly the same"
+    small = conv.weight.data.mul_(0.1).clone()
+    conv.constrain_()
+    assert torch.equal(conv.weight, small), "what is below the bound stays as it is"
+
+
+def test_the_optimizer_brings_convolutions_back_to_their_bound():
+    cfg = compose("arch=layerwise", "width=4", "depth=1", "max_gain=0.5", "lr=0.1")
+    torch.manual_seed(0)
+    model = build_model(cfg, 10, 32)
+    optimizer = make_optimizer(model, cfg)
+    for _ in range(5):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    convs = [module for module in model.modules() if isinstance(module, BoundedConv2d)]
+    assert len(convs) == 2
+    assert max(largest_singular_value(conv, 8) for conv in convs) < 0.65, "one iteration a step follows nearly"
+
+
 def test_batchnorm_inverts_with_the_biased_deviation():
     """With the unbiased one the SNR of the inverse is capped near (2 B H W)^2, here 72 dB."""
     layer, x = InvertibleBatchNorm2d(2).double(), torch.randn(32, 2, 8, 8, dtype=torch.float64)
@@ -193,6 +241,8 @@ def test_batch_chunks_cover_the_batch_within_the_bound():
         (lambda: CouplingConv2d(4, kernel_size=2), "kernel_size=2", "odd"),
         (lambda: AdditiveCoupling(7, plain_module(), plain_module()), "7 channels", "even"),
         (lambda: InvertibleBatchNorm2d(4, epsilon_i=-1), "epsilon_i=-1", "0 or more"),
+        (lambda: InvertibleBatchNorm2d(4, sign="odd"), "norm_sign=odd", "mixed"),
+        (lambda: CouplingConv2d(4, max_gain=0.0), "max_gain=0.0", "above 0"),
         (lambda: check_pooling(["channel", "batch"], 30), "30x30", "data.image_size=32"),
         (lambda: ChannelPooling()(torch.zeros(1, 1, 3, 4)), "3x4", "even"),
         (lambda: BatchPooling()(torch.zeros(1, 1, 4, 5)), "4x5", "even"),

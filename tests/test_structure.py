@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "__init__": {"errors"},
     "__main__": {"cli"},
     "errors": set(),
-    "files": {"errors"},
+    "files": set(),
     "preemption": set(),
     "config": {"errors"},
     "invertible": BASE,
@@ -30,16 +30,19 @@ MAY_IMPORT = {
     "layers": BASE | CORE,
     "models": BASE | CORE | {"layers"},
     "data": BASE,
-    "optim": BASE,
+    "optim": BASE | {"layers"},
     "device": BASE,
     "checkpoint": BASE,
-    "report": BASE,
+    "fidelity": BASE,
+    "report": BASE | {"fidelity"},
     "reporting": BASE,
     "measure": BASE | CORE | {"layers", "models", "optim", "device"},
     "plan": BASE | CORE | {"layers", "models", "measure", "optim", "device"},
     "theory": BASE | CORE | {"layers", "measure"},
-    "train": BASE | {"preemption", "data", "models", "measure", "report", "checkpoint", "optim", "device", "plan"},
-    "cli": BASE | {"preemption", "train", "report", "checkpoint", "__init__"},
+    "train": BASE
+    | {"preemption", "fidelity", "data", "models", "measure", "report", "checkpoint", "optim", "device", "plan"},
+    "sweeps": BASE | {"report", "checkpoint"},
+    "cli": BASE | {"preemption", "train", "report", "checkpoint", "sweeps", "conf", "__init__"},
 }
 
 

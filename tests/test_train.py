@@ -485,7 +485,7 @@ def test_schedules_of_a_few_steps_stay_within_bounds(name, steps):
 @pytest.mark.parametrize("everything", [False, True])
 def test_biases_and_norms_decay_only_on_request(everything):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    cfg = SimpleNamespace(lr=0.1, momentum=0.9, weight_decay=0.01, decay_norm_and_bias=everything)
+    cfg = SimpleNamespace(lr=0.1, momentum=0.9, weight_decay=0.01, decay_norm_and_bias=everything, max_gain=None)
     decay = {id(p): group["weight_decay"] for group in make_optimizer(model, cfg).param_groups for p in group["params"]}
     assert decay[id(model[0].weight)] == 0.01
     for parameter in (model[0].bias, model[1].weight, model[1].bias):

@@ -29,16 +29,17 @@ import hashlib
 import io
 import json
 import logging
+import os
 import shlex
 import warnings
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from revtrain.config import flatten
 from revtrain.errors import RevtrainError
 from revtrain.files import write_atomic
 
@@ -80,8 +81,8 @@ def load(path: str | Path) -> dict[str, Any]:
             where `last.pt` is damaged or missing.
 
     Returns:
-        What `save` was given, and `history`: the lines of metrics.jsonl up to this checkpoint. Where that file is
-        missing or damaged they are [], with a warning.
+        What `save` was given, and `path`: the file that was read, and `history`: the lines of metrics.jsonl up to
+        this checkpoint. Where that file is missing or damaged they are [], with a warning.
 
     Raises:
         RevtrainError: missing, damaged, or not a checkpoint of revtrain.
@@ -144,16 +145,27 @@ def _read(path: Path) -> dict[str, Any]:
         wrong = [key for key, kind in TYPES.items() if key not in state or not isinstance(state[key], kind)]
         if wrong:
             raise refusal(f"the file is incomplete: {', '.join(wrong)} missing, or not of the type expected.")
-        state["history"] = _read_lines(path.with_name("metrics.jsonl"), state["lines"])
-    return state
+        state["history"] = _read_lines(path.with_name("metrics.jsonl"), state["lines"], state["epoch"])
+    return state | {"path": path}
 
 
-def _read_lines(path: Path, count: int) -> list[dict[str, Any]]:
-    """The first `count` lines of metrics.jsonl; later ones are of epochs that the checkpoint does not know."""
+def put_in_place(state: dict[str, Any]) -> None:
+    """Let the file that `state` was read from be `last.pt`: a run that goes on in its own folder keeps the file that
+    is there as `previous.pt`, and that must not be a damaged one.
+
+    Raises:
+        OSError: the folder is not writable.
+    """
+    if state["path"].name == PREVIOUS:
+        os.replace(state["path"], state["path"].with_name(NAME))
+
+
+def _read_lines(path: Path, count: int, epoch: int) -> list[dict[str, Any]]:
+    """The first `count` lines of metrics.jsonl, the last of them of `epoch`; the checkpoint knows of no later ones."""
     try:
         with open(path, encoding="utf-8") as file:
             lines = [json.loads(line) for line, _ in zip(file, range(count), strict=False)]
-        if [line["epoch"] for line in lines] != list(range(count)):
+        if [line["epoch"] for line in lines] != list(range(epoch + 1 - count, epoch + 1)):
             raise ValueError(f"{count} lines were expected")
     except (OSError, ValueError, TypeError, KeyError) as error:
         log.warning("resume     %s is missing or damaged (%s): the curves and the times of this run begin anew",
@@ -174,7 +186,11 @@ def _seal(content: bytes | memoryview) -> bytes:
 
 
 def check_compatible(
-    state: dict[str, Any], config: dict[str, Any], classes: int, images: int | None = None
+    state: dict[str, Any],
+    config: dict[str, Any],
+    classes: int,
+    images: int | None = None,
+    in_place: bool = False,
 ) -> list[str]:
     """Compare a checkpoint with the run that wants to continue it.
 
@@ -183,6 +199,7 @@ def check_compatible(
         config: the resolved configuration of the new run.
         classes: of its data set.
         images: of its training set.
+        in_place: the run goes on in its own folder; then it may be one that was cut off after its last epoch.
 
     Returns:
         The differences that cost bit-equality, as "lr: 0.4 in the checkpoint, 0.1 now".
@@ -191,7 +208,7 @@ def check_compatible(
         RevtrainError: the checkpoint is of another network, its run is already complete, or it was saved within
             an epoch that cannot be continued with another batch or other data.
     """
-    before, now = dict(_flatten(state["config"])), dict(_flatten(config))
+    before, now = flatten(state["config"]), flatten(config)
     before["data classes"], now["data classes"] = state["classes"], classes
     if images is not None and state.get("images") is not None:
         before["training images"], now["training images"] = state["images"], images
@@ -204,7 +221,7 @@ def check_compatible(
             f"given now: {', '.join(f'{key}={now[key]}' for key in foreign)}.\n"
             f"Repeat its own command line: {command(state['overrides'], config['resume'])}"
         )
-    if state["epoch"] >= config["epochs"]:
+    if state["epoch"] >= config["epochs"] and not in_place:
         raise RevtrainError(
             f"resume: this run has already completed its {state['epoch']} epochs; "
             f"epochs={config['epochs']} was given.\n"
@@ -273,14 +290,6 @@ def command(overrides: list[str], resume: str | Path) -> str:
     """The command line that continues a run."""
     kept = [each for each in overrides if not each.startswith("resume=")]
     return shlex.join(["revtrain", *kept, f"resume={resume}"])
-
-
-def _flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _first_line(error: Exception) -> str:

@@ -4,7 +4,7 @@ Hydra composes the configuration and makes the run directory. This module says i
 when something is, and turns the end of the run into an exit code:
 
     0    completed
-    1    a bug in revtrain, or a sweep in which jobs failed
+    1    a bug in revtrain, or a sweep in which a job did not complete
     2    something the user can mend
     130  Ctrl-C
     143  SIGTERM
@@ -14,35 +14,44 @@ torch is imported inside the task, so that --help, shell completion and refusals
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import logging.config
+import multiprocessing
 import os
 import re
+import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from revtrain import __version__, preemption
+from revtrain import __version__, files, preemption, sweeps
+from revtrain.conf import constant_keys
 from revtrain.config import did_you_mean, expected, schema, validate
 from revtrain.errors import RevtrainError
 
+# our presets are called as the launchers are, and complete in themselves
+warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 log = logging.getLogger(__name__)
 file_log = logging.getLogger("revtrain.errors")  # train.log alone
 
 GROUPS = ("arch", "data", "experiment")
 COMPLETED, BUG, MENDABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+PARENT = "REVTRAIN_SWEEP_PID"  # of the process that runs the sweep, for its workers
 
 _exit_codes: list[int] = []  # of the jobs that ran in this process
 _sweeps: list[Path] = []  # folders of the sweeps that this process started
@@ -71,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as end:
         terminated = isinstance(end, preemption.Terminated)
         _say("Ended by SIGTERM." if terminated else "Interrupted.")
-        _list_sweeps()
+        _list_sweeps(wait=False)
         return TERMINATED if terminated else INTERRUPTED
     except SystemExit as end:  # Hydra's --help and the like
         return end.code if isinstance(end.code, int) else COMPLETED
@@ -79,14 +88,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if wants_traceback:
             traceback.print_exc()
         message = explain(error)
+        if message is None and any(map(sweeps.jobs_in, _sweeps)):
+            _say(f"The launcher of the sweep failed: {type(error).__name__}: {_first_line(error)}")
+            _list_sweeps(wait=False)
+            return BUG
         if message is None:
             _say_bug(error, "Set HYDRA_FULL_ERROR=1 to see the traceback.")
             return BUG
         _say(message)
         return MENDABLE
-    if _sweeps:
+    finally:
+        os.environ.pop(PARENT, None)
+    if not _sweeps:
+        return max(_exit_codes, default=COMPLETED)
+    try:
         return _list_sweeps()
-    return max(_exit_codes, default=COMPLETED)
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 @hydra.main(version_base="1.3", config_path="pkg://revtrain.conf", config_name="config")
@@ -99,17 +117,95 @@ def _run(cfg: DictConfig) -> float | None:
     context = HydraConfig.get()
     run_dir = Path(context.runtime.output_dir)
     overrides = OmegaConf.to_container(context.overrides.task, resolve=False)
+    if context.mode != RunMode.MULTIRUN:
+        return _single_job(cfg, run_dir, overrides)
+    done = sweeps.ended(run_dir)
+    if done:
+        log.info("sweep      skipped, complete since an earlier start: %s", run_dir)
+        return done["test_accuracy"]
+    if context.launcher._target_.endswith(".BasicLauncher"):
+        return _sweep_job(cfg, run_dir, overrides)
+    # Parallel launchers get a process for each job: one that is killed, or breaks CUDA, leaves the others alone.
+    sweeps.end_with(int(os.environ.get(PARENT, 0)))
+    with suppress(OmegaConfBaseException):  # or the job says what is wrong
+        OmegaConf.resolve(cfg)
+    logs = OmegaConf.to_container(context.job_logging, resolve=True)
+    logs["formatters"]["plain"]["format"] = f"{run_dir.name}: %(message)s"
+    multiprocessing.set_start_method("spawn", force=True)  # joblib's own one is unknown to a new process
+    process = multiprocessing.Process(target=_in_own_process, args=(cfg, run_dir, overrides, logs))
+    process.start()
+    process.join()
+    if process.exitcode < 0:
+        sweeps.note_death(run_dir, process.exitcode, OmegaConf.to_container(cfg, resolve=False), overrides)
+    return (sweeps.ended(run_dir) or {}).get("test_accuracy")
+
+
+def _in_own_process(cfg: DictConfig, run_dir: Path, overrides: list[str], logs: dict[str, Any]) -> None:
+    """A job of a sweep as a process; it ends when the worker that started it does."""
+    parent = multiprocessing.parent_process()
+    sweeps.end_with(parent.pid)
+    for name in ("SIGUSR1", "SIGUSR2"):  # SLURM's warning of a timeout is for the worker, which sees to it
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    logging.config.dictConfig(logs)
+    sys.stderr = _NoTerminal(sys.stderr.buffer, line_buffering=True)
+    sweeps.share_cores()
+    try:
+        _sweep_job(cfg, run_dir, overrides)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    sys.exit(max(_exit_codes, default=COMPLETED))
+
+
+class _NoTerminal(io.TextIOWrapper):
+    """Keeps the progress bars of parallel jobs off each other's lines."""
+
+    def isatty(self) -> bool:
+        return False
+
+
+def _single_job(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> float | None:
+    """A run of its own, alone in its folder."""
+    with files.claim(run_dir / files.LOCK) as mine:
+        if not mine:
+            raise RevtrainError(
+                f"{run_dir}: another run is writing there right now; nothing of it was changed.\n"
+                "Choose another folder, or leave hydra.run.dir out: each run then gets a new one."
+            )
+        return _job(cfg, run_dir, overrides)
+
+
+def _sweep_job(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> float | None:
+    """A job of a sweep, alone in its folder, from where an earlier start of the sweep left it."""
+    with files.claim(run_dir / files.LOCK, sweeps.PATIENCE_SECONDS) as mine:
+        if not mine:
+            log.info("sweep      left to the process that runs it: %s", run_dir)
+            return None
+        done = sweeps.ended(run_dir)
+        if done:
+            log.info("sweep      skipped, complete since an earlier start: %s", run_dir)
+            return done["test_accuracy"]
+        if sweeps.resume_from(run_dir):
+            cfg.resume = str(run_dir)
+        return _job(cfg, run_dir, overrides, sweep_dir=run_dir.parent)
+
+
+def _job(cfg: DictConfig, run_dir: Path, overrides: list[str], sweep_dir: Path | None = None) -> float | None:
+    """Train; what goes wrong becomes a message, a result.json and an exit code."""
     try:
         OmegaConf.resolve(cfg)
         _check_keys(cfg)
         validate(cfg)
         from revtrain.train import train
 
-        result = train(cfg, run_dir, overrides)
+        with sweeps.gpu_for_job(cfg.device, sweep_dir) if sweep_dir else nullcontext(cfg.device) as device:
+            cfg.device = device
+            result = train(cfg, run_dir, overrides)
     except KeyboardInterrupt as end:
         _record(run_dir, cfg, overrides, "interrupted")
-        kept = "step" if isinstance(end, preemption.Terminated) else "epoch"
-        _say(_how_to_continue(run_dir, overrides, kept))
+        if sweep_dir is None:
+            kept = "step" if isinstance(end, preemption.Terminated) else "epoch"
+            _say(_how_to_continue(run_dir, overrides, kept))
         raise
     except Exception as error:
         _record(run_dir, cfg, overrides, "failed", error)
@@ -132,11 +228,11 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         _sweeps.append(Path(config.hydra.sweep.dir))
-        overrides = OverridesParser.create().parse_overrides(
-            OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
-        )
-        swept = {each.key_or_group for each in overrides if each.is_sweep_override()}
-        constant = sorted({each.key_or_group for each in overrides} - swept)
+        os.environ[PARENT] = str(os.getpid())
+        if config.hydra.launcher._target_.endswith("submitit_launcher.LocalLauncher"):
+            with read_write(config):  # it starts all jobs of a batch at once
+                config.hydra.sweeper.max_batch_size = config.hydra.sweeper.max_batch_size or sweeps.parallel_jobs()
+        constant = constant_keys(config)
         if constant:
             # each job is composed anew, from these overrides
             with read_write(config), open_dict(config):
@@ -150,15 +246,13 @@ class Sweep(Callback):
 
 def _record(run_dir: Path, cfg: DictConfig, overrides: list[str], status: str, error: Exception | None = None) -> None:
     """Write result.json where `train` was not reached; it writes its own, and none beside an earlier run."""
-    from revtrain.files import exclusive
     from revtrain.report import holds_run, new_result, one_line, write_result
 
     if not run_dir.is_dir() or holds_run(run_dir):
         return
     config = OmegaConf.to_container(cfg, resolve=False)
     described = None if error is None else explain(error) or one_line(error)
-    # the folder may be what is wrong, or another run may be about to write there
-    with suppress(OSError, RevtrainError), exclusive(run_dir):
+    with suppress(OSError):  # the folder may be what is wrong
         write_result(run_dir, {**new_result(config, overrides), "status": status, "error": described})
 
 
@@ -172,33 +266,16 @@ def _how_to_continue(run_dir: Path, overrides: list[str], kept: str) -> str:
     )
 
 
-def _list_sweeps() -> int:
+def _list_sweeps(wait: bool = True) -> int:
     """A line for each job of each sweep; the exit code is non-zero when one did not complete."""
     worst = COMPLETED
     for folder in _sweeps:
-        jobs = sorted((each.parent for each in folder.glob("*/.hydra")), key=lambda job: int(job.name.split("-")[0]))
-        print(f"\n{len(jobs)} jobs in {folder}")
-        for job in jobs:
-            try:
-                result = json.loads((job / "result.json").read_text())
-            except (OSError, ValueError):
-                result = {"status": "without result", "error": "it was cut off; see its train.log"}
-            print(f"  {job.name}: {_outcome(result)}")
-            if result["status"] not in ("completed", "planned"):
-                worst = BUG
-        print(f"dashboard: tensorboard --logdir {folder}")
+        if wait:
+            sweeps.wait_for_others(folder)
+        text, complete = sweeps.summary(folder)
+        print(f"\n{text}", flush=True)
+        worst = worst if complete else BUG
     return worst
-
-
-def _outcome(result: dict[str, Any]) -> str:
-    if result["status"] == "planned":
-        plan = result["plan"]
-        fits = {True: ", fits", False: ", does not fit", None: ""}[plan["fits"]]
-        return f"planned: batch {plan['batch']}, {plan['peak_bytes'] / 2**20:,.1f} MiB{fits}"
-    if result["status"] != "completed":
-        return f"{result['status']}: {(result['error'] or 'Ctrl-C').splitlines()[0]}"
-    snr = f", minimum SNR {result['snr_db']['minimum']:.1f} dB" if result["snr_db"] else ""
-    return f"{100 * result['test_accuracy']:.2f} %{snr}, {result['bytes_per_pixel']:.1f} bytes per pixel"
 
 
 def _say(message: str) -> None:
@@ -251,6 +328,11 @@ def explain(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, MissingConfigException):
         return _explain_group(error)
+    if match := re.search(r"Unknown plugin class : '(hydra_plugins\.\w+)", str(error)):
+        return (
+            f"A launcher or sweeper was chosen that is not installed ({match[1]}).\n"
+            'Install the launchers with: pip install -e ".[sweep]"'
+        )
     if isinstance(error, OverrideParseException):
         return (
             f"{error.override!r} was given; expected key=value, as in depth=8 or pooling=[channel,batch].\n"

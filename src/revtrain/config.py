@@ -23,6 +23,7 @@ SCHEDULES = ("triangular", "onecycle", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16", "fp16")
 BACKWARDS = ("invert", "store")
 ACTIVATIONS = ("relu", "gelu", "silu", "leaky_relu")  # of arch=chunked
+NORM_SIGNS = ("positive", "mixed", "negative")  # of the invertible BNs
 NORMS = ("input", "hidden")  # of arch=chunked
 STREAMS = ("auto", "plain", "float32", "int32", "int16")
 POOLINGS = ("channel", "batch", "stride")
@@ -67,6 +68,7 @@ class ProbeConfig:
 
     batch: int = 64  # images in the probe batch
     every: int = 1  # epochs between two probes; 0: never
+    gradients: bool = True  # compare every parameter's gradient with that of backward=store, too
 
 
 @dataclass
@@ -79,6 +81,9 @@ class Config:
     width: Optional[int] = None  # channels at full resolution
     slope: float = 0.2  # n, negative slope of the LeakyReLU, 0 < n <= 1 (Eq. 24)
     epsilon_i: float = 0.1  # keeps |gamma| of an invertible BN away from zero (Eq. 23)
+    norm_sign: str = "positive"  # of an invertible BN's gains: positive (the paper's) | mixed | negative (least noise)
+    init_gain: float = 1.0  # of the coupling convolutions' initial weights, relative to torch's
+    max_gain: Optional[float] = None  # bound on their largest singular value, all through training; null: none
     pooling: list[str] = field(default_factory=list)  # one entry between two stages: channel | batch | stride
     residual_scale: float = 1.0  # s in y1 = x1 + s F(x2), of the coupling blocks
     stream: str = (
@@ -121,6 +126,14 @@ def schema(node: type = Config, prefix: str = "") -> dict[str, Any]:
         found[prefix + name] = kind
         if is_dataclass(kind):
             found |= schema(kind, f"{prefix}{name}.")
+    return found
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"data": {"name": ...}} as {"data.name": ...}."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return found
 
 
@@ -185,6 +198,10 @@ def validate(cfg: Any) -> None:
         )
     _slope(cfg.slope)
     _number("epsilon_i", cfg.epsilon_i, at_least=0)
+    _choice("norm_sign", cfg.norm_sign, NORM_SIGNS, "the sign of an invertible BN's gains; the paper's is positive")
+    _number("init_gain", cfg.init_gain, above=0)
+    if cfg.max_gain is not None:
+        _number("max_gain", cfg.max_gain, above=0)
     for entry in cfg.pooling:
         _choice("pooling", entry, POOLINGS, "one entry between two stages, as in pooling=[channel,batch]")
     _number("residual_scale", cfg.residual_scale, above=0)

@@ -9,13 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from revtrain.errors import RevtrainError
+from filelock import FileLock, Timeout
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
+LOCK = ".lock"  # in a run's folder: held by the process that works there
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -57,28 +53,22 @@ def _name_also(path: Path, keep: Path) -> None:
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Make `folder` and hold it against other processes; a lock that leaves no file and ends with the process.
+def claim(path: Path, patience_seconds: float = 0) -> Iterator[bool]:
+    """Hold a lock file; False where another process holds it, also after `patience_seconds` (negative: for ever).
+
+    The system lets go of it however the process ends; the file stays. On a network file system this needs `flock`,
+    which NFS has since version 3 and Lustre with `-o flock`.
 
     Raises:
-        RevtrainError: another process holds it.
-        OSError: it cannot be made.
+        OSError: the file cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
+    lock = FileLock(path, timeout=patience_seconds)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RevtrainError(
-                f"{folder}: another run is writing there right now; nothing of it was changed.\n"
-                "Choose another folder, or leave hydra.run.dir out: each run then gets a new one."
-            ) from error
-        except OSError:  # a file system without locks
-            pass
-        yield
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
     finally:
-        os.close(handle)
+        lock.release()

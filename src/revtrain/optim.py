@@ -9,9 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from revtrain.layers import constrain_
+
 
 def make_optimizer(model: nn.Module, cfg: Any) -> torch.optim.SGD:
-    """SGD with Nesterov momentum. Biases and norm parameters (one dimension) decay only if `cfg` says so."""
+    """SGD with Nesterov momentum. Biases and norm parameters (one dimension) decay only if `cfg` says so.
+
+    After every step, convolutions with a bound on their gain are brought back to it (`cfg.max_gain`).
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in parameters if p.ndim > 1 or cfg.decay_norm_and_bias]
     spared = [p for p in parameters if not (p.ndim > 1 or cfg.decay_norm_and_bias)]
@@ -19,12 +24,15 @@ def make_optimizer(model: nn.Module, cfg: Any) -> torch.optim.SGD:
         {"params": decayed, "weight_decay": cfg.weight_decay},
         {"params": spared, "weight_decay": 0.0},
     ]
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         [group for group in groups if group["params"]],
         lr=cfg.lr,
         momentum=cfg.momentum,
         nesterov=cfg.momentum > 0,
     )
+    if cfg.max_gain is not None:
+        optimizer.register_step_post_hook(lambda *_: constrain_(model))
+    return optimizer
 
 
 def learning_rate(cfg: Any, steps: int) -> Callable[[int], float]:

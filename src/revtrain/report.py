@@ -1,7 +1,8 @@
 """What a run leaves behind: metrics.jsonl, result.json, TensorBoard events, a table on the terminal.
 
 `metrics.jsonl` has one line an epoch, epoch 0 being the state before the first step (see `Report.epoch`).
-`result.json` is written in one step at the end, whatever the end was (see `new_result`).
+`result.json` is written in one step when training starts, with the status `running`, and again at the end, whatever
+the end was (see `new_result`).
 Both are strict JSON: a value that was not measured, or is not finite, is null.
 
 This module does not import torch until a run starts, so that a refused configuration is answered at once.
@@ -18,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from revtrain.fidelity import trusted
 from revtrain.files import write_atomic
 
 log = logging.getLogger(__name__)
@@ -27,7 +29,7 @@ HYPER_PARAMETERS = (
 )  # fmt: skip
 LINE_KEYS = (
     "epoch", "step", "lr", "loss_train", "loss_test", "accuracy_train", "accuracy_test", "train_images",
-    "train_seconds", "images_per_second", "snr_db", "stream_overflows", "peak_vram_mib",
+    "train_seconds", "images_per_second", "snr_db", "gradients", "stream_overflows", "peak_vram_mib",
 )  # fmt: skip
 # the columns of the HParams tab
 KEY_METRICS = ("accuracy/test", "snr_db/min", "memory/bytes_per_pixel")
@@ -38,6 +40,7 @@ LAYOUT = {
         "accuracy": ["Multiline", ["accuracy/test", "accuracy/train"]],
         "loss": ["Multiline", ["loss/test", "loss/train"]],
         "SNR (dB), minimum": ["Multiline", ["snr_db/min$"]],
+        "gradients, least cosine": ["Multiline", ["gradients/minimum_cosine"]],
         "SNR (dB), per layer": ["Multiline", ["snr_db/(?!min$)"]],
         "memory (bytes per pixel)": ["Multiline", ["memory/bytes_per_pixel"]],
         "memory (peak VRAM, MiB)": ["Multiline", ["memory/peak_vram_mib"]],
@@ -50,12 +53,15 @@ LAYOUT = {
 def new_result(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """result.json as it is before anything was measured. Units are in the names; accuracies are 0..1.
 
-    `status` is completed, failed, interrupted (Ctrl-C or SIGTERM), or planned (`plan=true`: nothing was trained).
-    `plan` is what `revtrain.plan.Plan` lists, sizes in bytes, where `plan`, `memory_limit` or `batch=auto` asked for
-    it; `config` then holds the number of images that `batch=auto` came to. `snr_db` is {"minimum", "minimum_layer",
-    "layers"} of the last probe, null in store mode. `stream_overflows` counts the values that left the range of an
-    integer stream since the run was started or resumed; null for other streams. `peak_vram_mib` is {"allocated",
-    "reserved"} over the training steps, null without CUDA. `memory_bytes` takes the peak of one training step apart.
+    `status` is completed, failed, interrupted (Ctrl-C or SIGTERM), planned (`plan=true`: nothing was trained), or
+    running, which is also what a killed run leaves behind. `plan` is what `revtrain.plan.Plan` lists, sizes in bytes,
+    where `plan`, `memory_limit` or `batch=auto` asked for it; `config` then holds the number of images that
+    `batch=auto` came to. `snr_db` is {"minimum", "minimum_layer",
+    "layers"} of the last probe, null in store mode. `gradients` is what `revtrain.fidelity.summarise_gradients` returns
+    for it, and `gradients_trusted` whether every one pointed the right way at every probe. `stream_overflows` counts
+    the values that left the range of an integer stream since the run was started or resumed; null for other streams.
+    `peak_vram_mib` is {"allocated", "reserved"} over the training steps, null without CUDA. `memory_bytes` takes the
+    peak of one training step apart.
     `train_seconds` counts training steps only, and includes those of a run that was resumed.
     """
     return {
@@ -69,6 +75,8 @@ def new_result(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         "train_seconds": None,
         "images_per_second": None,
         "snr_db": None,
+        "gradients": None,
+        "gradients_trusted": None,
         "stream_overflows": None,
         "peak_vram_mib": None,
         "bytes_per_pixel": None,
@@ -148,10 +156,13 @@ class Report:
         )
 
     def start(self, history: list[dict[str, Any]]) -> None:
-        """Open the files; the lines of a run that is continued come first."""
+        """Open the files; the lines of a run that is continued come first, in place of those it left here."""
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
+        write_atomic(self.run_dir / "metrics.jsonl", b"".join(map(_encoded, history)))
+        for events in self.run_dir.glob("events.out.tfevents.*"):
+            events.unlink()
         self._writer = SummaryWriter(str(self.run_dir))
         config = self.result["config"]
         values = {key: config[key] for key in HYPER_PARAMETERS}
@@ -162,7 +173,8 @@ class Report:
         self._writer.file_writer.add_summary(session_start)
         self._writer.add_custom_scalars(LAYOUT)
         for line in history:
-            self.epoch(line)
+            self._take(line)
+        write_result(self.run_dir, {**self.result, "status": "running"})
 
     def epoch(self, line: dict[str, Any]) -> None:
         """Append one epoch.
@@ -171,15 +183,20 @@ class Report:
             line: the `LINE_KEYS`; accuracies are 0..1, `lr` is that of the last step, `snr_db` and
                 `peak_vram_mib` are as in result.json; None where not measured.
         """
-        line = _finite(line)
-        with open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        with open(self.run_dir / "metrics.jsonl", "ab") as file:
+            file.write(_encoded(line))
             file.flush()
             os.fsync(file.fileno())  # the next checkpoint counts on it
+        self._take(line)
+
+    def _take(self, line: dict[str, Any]) -> None:
+        """Take a line into the result and the dashboard."""
+        line = _finite(line)
         self.lines += 1
         self._update_result(line)
 
         snr = line["snr_db"] or {"minimum": None, "layers": {}}
+        gradients = line.get("gradients") or {"minimum_cosine": None, "maximum_relative_error": None}
         vram = line["peak_vram_mib"] or {"allocated": None}
         scalars = {
             "accuracy/train": line["accuracy_train"],
@@ -188,6 +205,8 @@ class Report:
             "loss/test": line["loss_test"],
             "lr": line["lr"],
             "snr_db/min": snr["minimum"],
+            "gradients/minimum_cosine": gradients["minimum_cosine"],
+            "gradients/maximum_relative_error": gradients["maximum_relative_error"],
             **{f"snr_db/{layer}": value for layer, value in snr["layers"].items()},
             "memory/peak_vram_mib": vram["allocated"],
             "memory/bytes_per_pixel": self.result["bytes_per_pixel"],
@@ -219,6 +238,7 @@ class Report:
         rows = {
             "test accuracy": f"{accuracy} (best {best})",
             "minimum SNR": _snr(snr),
+            "gradients": _gradients(result),
             "memory": f"{result['bytes_per_pixel']:.1f} bytes per pixel, weights and their gradients apart",
             "peak VRAM": "no CUDA",
             "speed": f"{_rate(result['images_per_second'])}, {result['train_seconds']:,.0f} s in all",
@@ -238,6 +258,9 @@ class Report:
         result.update(epochs=line["epoch"], stream_overflows=line.get("stream_overflows"))
         if line["snr_db"]:
             result["snr_db"] = line["snr_db"]
+        if compared := line.get("gradients"):
+            result["gradients"] = compared
+            result["gradients_trusted"] = trusted(compared) and result["gradients_trusted"] is not False
         if peak := line["peak_vram_mib"]:
             before = result["peak_vram_mib"] or peak
             result["peak_vram_mib"] = {key: max(before[key], peak[key]) for key in peak}
@@ -251,6 +274,11 @@ class Report:
         result["train_seconds"] = self._train_seconds
         # a clock that stood still measures nothing
         result["images_per_second"] = self._trained_images / self._train_seconds if self._train_seconds else None
+
+
+def _encoded(line: dict[str, Any]) -> bytes:
+    """As it stands in metrics.jsonl."""
+    return (json.dumps(_finite(line), allow_nan=False) + "\n").encode()
 
 
 def _finite(value: Any) -> Any:
@@ -272,6 +300,13 @@ def _snr(snr: dict[str, Any] | None) -> str:
 
 def _rate(images_per_second: float | None) -> str:
     return "not measured" if images_per_second is None else f"{images_per_second:,.0f} images/s"
+
+
+def _gradients(result: dict[str, Any]) -> str:
+    if result["gradients"] is None:
+        return "not compared"
+    cosine = f"cosine of at least {result['gradients']['minimum_cosine']:.4f} to the true ones"
+    return cosine if result["gradients_trusted"] else f"{cosine}; NOT to be trusted, see the warning above"
 
 
 def _percent(accuracy: float | None) -> str:

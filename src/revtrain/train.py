@@ -24,7 +24,8 @@ from revtrain import checkpoint, preemption
 from revtrain import device as devices
 from revtrain.config import REVERSIBLE, validate
 from revtrain.errors import RevtrainError
-from revtrain.files import DISK_FULL, exclusive
+from revtrain.fidelity import FidelityWatch, summarise_gradients
+from revtrain.files import DISK_FULL
 from revtrain.optim import learning_rate, make_optimizer
 from revtrain.report import LINE_KEYS, Report, holds_run
 
@@ -70,7 +71,8 @@ def train(cfg: Any, run_dir: str | Path, overrides: list[str] | None = None) -> 
 
     Args:
         cfg: the composed configuration, from `revtrain.conf.compose` or Hydra.
-        run_dir: a folder for this run alone; made if it does not exist.
+        run_dir: a folder for this run alone, made if it does not exist. The command line locks it
+            (`revtrain.files.claim`); who calls this sees to that himself.
         overrides: the command line, for the messages that tell how to continue.
 
     Returns:
@@ -78,31 +80,24 @@ def train(cfg: Any, run_dir: str | Path, overrides: list[str] | None = None) -> 
 
     Raises:
         RevtrainError: the configuration, the data or the checkpoint cannot be used, the disk or the memory is
-            full, or the loss is no longer finite; or `run_dir` holds a run already.
+            full, or the loss is no longer finite; or `run_dir` holds a run already, and not the one to resume.
         KeyboardInterrupt: Ctrl-C.
         In both cases result.json says so and last.pt holds the last completed epoch, epoch 0 being the start.
         revtrain.preemption.Terminated: SIGTERM; last.pt holds the last completed step, also within an epoch.
     """
-    run_dir = Path(run_dir).absolute()
-    try:
-        with preemption.watching(), exclusive(run_dir):
-            return _train_alone(cfg, run_dir, list(overrides or ()))
-    except OSError as error:
-        mendable = _explain(error, run_dir, list(overrides or ()))
-        if mendable is None:
-            raise
-        raise mendable from error
+    with preemption.watching():
+        return _train_watched(cfg, Path(run_dir).absolute(), list(overrides or ()))
 
 
-def _train_alone(cfg: Any, run_dir: Path, overrides: list[str]) -> dict[str, Any]:
-    """`train` in a folder that exists and that no other process uses."""
-    if holds_run(run_dir):
+def _train_watched(cfg: Any, run_dir: Path, overrides: list[str]) -> dict[str, Any]:
+    if holds_run(run_dir) and not _in_place(cfg, run_dir):
         raise RevtrainError(
             f"{run_dir} already holds a run; nothing of it was changed.\n"
             "Choose another folder, or leave hydra.run.dir out: each run then gets a new one."
         )
     report = Report(run_dir, OmegaConf.to_container(cfg, resolve=True), overrides)
     try:
+        run_dir.mkdir(parents=True, exist_ok=True)
         report.finish(_train(cfg, run_dir, report))
     except KeyboardInterrupt:
         with suppress(OSError):
@@ -158,7 +153,9 @@ def _train(cfg: Any, run_dir: Path, report: Report) -> str:
     cap_memory(cfg, device)
     generator = torch.Generator().manual_seed(cfg.seed)
     if resumed is not None:
-        for difference in checkpoint.check_compatible(resumed, report.result["config"], classes, available):
+        for difference in checkpoint.check_compatible(
+            resumed, report.result["config"], classes, available, in_place=_in_place(cfg, run_dir)
+        ):
             log.warning("resume     no longer bit-equal to an uninterrupted run: %s", difference)
     log.info("data       %s: %d + %d images, %dx%d, %d classes",
              cfg.data.name, available, len(data.test.labels), size, size, classes)  # fmt: skip
@@ -173,6 +170,15 @@ def _train(cfg: Any, run_dir: Path, report: Report) -> str:
     return "completed"
 
 
+def _in_place(cfg: Any, run_dir: Path) -> bool:
+    """Whether the run to resume is the one of this folder."""
+    if cfg.resume is None:
+        return False
+    resumed = Path(cfg.resume)
+    named = resumed.name in (checkpoint.NAME, checkpoint.PREVIOUS)
+    return (resumed.parent if named else resumed).resolve() == run_dir.resolve()
+
+
 def _fit(
     cfg: Any,
     run_dir: Path,
@@ -183,7 +189,7 @@ def _fit(
     resumed: dict[str, Any] | None,
 ) -> None:
     from revtrain.data import augment, draw_augmentation, normalise
-    from revtrain.measure import measure_step_memory, probe_snr
+    from revtrain.measure import measure_step_memory, probe_gradients, probe_snr
     from revtrain.models import build_model
 
     images, labels = data.train.images, data.train.labels
@@ -225,17 +231,33 @@ def _fit(
             progress = Progress.from_dict(resumed["partial"], device)
         log.info("resume     %s after epoch %d%s", cfg.resume, start,
                  f" and {progress.step} of {steps_per_epoch} steps" if progress else "")  # fmt: skip
+        if _in_place(cfg, run_dir):
+            checkpoint.put_in_place(resumed)
     report.start(history)
 
-    # ---- probe: the SNR of reconstructed activations on one fixed, unaugmented batch -------------
+    # ---- probe: SNR of reconstructed activations, and gradients, on one fixed, unaugmented batch -
     chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[: cfg.probe.batch]
+    comparing = cfg.probe.gradients
 
-    def probe(epoch: int) -> dict[str, Any] | None:
+    def probe(epoch: int) -> dict[str, Any]:
         if cfg.probe.every == 0 or epoch % cfg.probe.every:
-            return None
-        inputs = normalise(images[chosen].to(device), mean, std)
+            return {}
+        batch = normalise(images[chosen].to(device), mean, std), labels[chosen].to(device)
         with devices.autocast(device, cfg.precision):
-            return summarise_snr(probe_snr(model, inputs, labels[chosen].to(device)))
+            found = {"snr_db": summarise_snr(probe_snr(model, *batch))}
+            if comparing:
+                found["gradients"] = compare_gradients(batch)
+        return found
+
+    def compare_gradients(batch: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Any] | None:
+        nonlocal comparing
+        try:
+            return summarise_gradients(probe_gradients(model, *batch))
+        except torch.OutOfMemoryError:  # the comparison stores every activation: training goes on without it
+            comparing = False
+            log.warning("probe      not enough memory to store the activations of %d images: gradients are not\n"
+                        "           compared from here on. Try a smaller probe.batch.", len(batch[1]))  # fmt: skip
+            return None
 
     def save(epoch: int, progress: Progress | None = None) -> None:
         checkpoint.save(
@@ -264,11 +286,12 @@ def _fit(
             log.info("stopped    SIGTERM in epoch %d, after %d of %d steps", epoch, progress.step, steps_per_epoch)
         raise preemption.Terminated
 
+    overflows, fidelity = _Overflows(model, cfg), FidelityWatch(cfg)
     if resumed is None:
-        report.epoch(_line(epoch=0, step=0, snr_db=probe(0)))
+        first = _line(epoch=0, step=0, **probe(0))
+        report.epoch(first)
+        fidelity.look(first)
     save(start, progress)  # also the first epoch can be interrupted
-
-    overflows = _Overflows(model, cfg)
 
     # ---- the loop --------------------------------------------------------------------------------
     for epoch in range(start + 1, cfg.epochs + 1):
@@ -338,11 +361,12 @@ def _fit(
             train_images=trained,
             train_seconds=seconds,
             images_per_second=trained / seconds if seconds else None,
-            snr_db=probe(epoch),
+            **probe(epoch),
             stream_overflows=overflows.count() if overflows.applies else None,
             peak_vram_mib=peak,
         )
         report.epoch(line)
+        fidelity.look(line)
         progress = None
         save(epoch)
         log.info("%s", _summary(line, cfg.epochs))

@@ -4,6 +4,7 @@ InvertibleBatchNorm2d     Eqs. 14, 23      BN with kept statistics and |gamma| +
 InvertibleLeakyReLU       Eq. 24           y = n x for x < 0
 AdditiveCoupling          Eqs. 8, 9        y1 = x1 + F(x2), y2 = x2 + G(y1), any F and G
 CouplingConv2d            section 4.1.3    the same with one convolution each: an invertible convolution
+BoundedConv2d             not in the paper   its convolution, of bounded gain
 ChunkedCoupling           not in the paper   wide F and G, a few hidden channels at a time
 PreNorm                   not in the paper   F or G = a per-sample function of BN(x), a few images at a time
 ChannelPooling            Eq. 29a          2x2 pixels into channels
@@ -13,6 +14,7 @@ Readout                   (no inverse)     from the last state of a chain to the
 
 from revtrain.layers.activation import InvertibleLeakyReLU
 from revtrain.layers.batchnorm import InvertibleBatchNorm2d
+from revtrain.layers.bounded import BoundedConv2d, constrain_
 from revtrain.layers.chunked import Activation, ChunkedCoupling, WideResidual
 from revtrain.layers.coupling import AdditiveCoupling, CouplingConv2d
 from revtrain.layers.pooling import BatchPooling, ChannelPooling, check_pooling, merge_sub_images
@@ -23,6 +25,7 @@ __all__ = [
     "Activation",
     "AdditiveCoupling",
     "BatchPooling",
+    "BoundedConv2d",
     "ChannelPooling",
     "ChunkedCoupling",
     "CouplingConv2d",
@@ -32,5 +35,6 @@ __all__ = [
     "Readout",
     "WideResidual",
     "check_pooling",
+    "constrain_",
     "merge_sub_images",
 ]

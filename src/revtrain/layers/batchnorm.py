@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from revtrain.errors import RevtrainError
 from revtrain.invertible import Gradients, InvertibleLayer, batch_chunks
 
+SIGNS = ("positive", "mixed", "negative")
+
 
 class Normalisation(NamedTuple):
     """What the inverse of a BN needs besides y: shapes (1, C, 1, 1), in the statistics' precision."""
@@ -20,42 +22,56 @@ class Normalisation(NamedTuple):
 
 
 class InvertibleBatchNorm2d(InvertibleLayer):
-    """y = (|gamma| + epsilon_i) (x - mean) / sqrt(var + eps) + beta, per channel of x (B, C, H, W).
+    """y = sign * (|gamma| + epsilon_i) (x - mean) / sqrt(var + eps) + beta, per channel of x (B, C, H, W).
 
     Eq. 14 with the gain of Eq. 23: the draft's |gamma + epsilon_i| vanishes at gamma = -epsilon_i, while
     |gamma| + epsilon_i never falls below epsilon_i. The inverse (Eq. 21) multiplies the noise of channel i
-    by sqrt(var_i + eps) / gain_i, so a gain near zero would destroy the signal.
+    by sqrt(var_i + eps) / |gain_i|, so a gain near zero would destroy the signal.
+
+    In a row of such layers and LeakyReLUs, a negative sign lets a LeakyReLU shrink what the one before left at full
+    size, rather than the same values again and again: several dB of SNR a layer (docs/numerics.md).
 
     Args:
         channels: C.
         epsilon_i: least gain of a channel, without unit, >= 0.
+        sign: of the gains: positive (the paper's), negative, or mixed, drawn for each channel and then fixed.
         eps: added to the variance, in squared units of x.
         momentum: share of the new batch in the running statistics.
 
     In training mode the running statistics are updated once per forward pass and never by a recomputation.
-    Raises `RevtrainError` for a negative epsilon_i.
+    Raises `RevtrainError` for a negative epsilon_i or another sign.
     """
 
     is_pointwise = True
     track_running_stats = True  # False while a forward pass is computed again
 
-    def __init__(self, channels: int, epsilon_i: float = 0.1, eps: float = 1e-5, momentum: float = 0.1):
+    def __init__(
+        self, channels: int, epsilon_i: float = 0.1, eps: float = 1e-5, momentum: float = 0.1, sign: str = "positive"
+    ):
         super().__init__()
+        if sign not in SIGNS:
+            raise RevtrainError(f"norm_sign={sign} was given.\nExpected one of: {', '.join(SIGNS)}.")
         if epsilon_i < 0:
             raise RevtrainError(f"epsilon_i={epsilon_i} is negative.\nExpected 0 or more; 0.1 to 0.2 serve well.")
-        self.channels, self.epsilon_i, self.eps, self.momentum = channels, epsilon_i, eps, momentum
+        self.channels, self.epsilon_i, self.eps, self.momentum, self.sign = channels, epsilon_i, eps, momentum, sign
         # |gamma| + epsilon_i starts at 1, as in an ordinary BN.
         self.weight = nn.Parameter(torch.full((channels,), max(0.0, 1.0 - epsilon_i)))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
+        if sign == "mixed":
+            self.register_buffer("signs", torch.randint(0, 2, (channels,), dtype=torch.int8) * 2 - 1)
+        else:
+            self.signs = 1 if sign == "positive" else -1
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, epsilon_i={self.epsilon_i}, eps={self.eps}, momentum={self.momentum}"
+        return (
+            f"{self.channels}, epsilon_i={self.epsilon_i}, eps={self.eps}, momentum={self.momentum}, sign={self.sign}"
+        )
 
     def gain(self) -> Tensor:
-        """|gamma| + epsilon_i, shape (C,) (Eq. 23)."""
-        return self.weight.abs() + self.epsilon_i
+        """sign * (|gamma| + epsilon_i), shape (C,) (Eq. 23)."""
+        return self.signs * (self.weight.abs() + self.epsilon_i)
 
     def forward(self, x: Tensor) -> Tensor:
         # The operations of forward_, in the same order: both backward modes compute the same bits.
@@ -100,7 +116,7 @@ class InvertibleBatchNorm2d(InvertibleLayer):
                 dy[sl].sub_(xhat[sl] * (dgain / count)).sub_(dbias / count)
         dy.mul_(gain / saved.deviation)
         grads.add(self.bias, dbias.flatten())
-        grads.add(self.weight, dgain.flatten() * torch.sign(self.weight))
+        grads.add(self.weight, dgain.flatten() * torch.sign(self.weight) * self.signs)
         return xhat.mul_(saved.deviation).add_(saved.mean), dy
 
     def _scale_(self, centred: Tensor, saved: Normalisation) -> Tensor:

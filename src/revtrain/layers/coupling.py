@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from revtrain.errors import RevtrainError
 from revtrain.invertible import Gradients, InvertibleLayer
+from revtrain.layers.bounded import BoundedConv2d
 from revtrain.layers.branches import (
     Branch,
     RecomputedBranch,
@@ -127,14 +128,15 @@ class CouplingConv2d(AdditiveCoupling):
     """The invertible convolution of section 4.1.3: a coupling whose F and G are one convolution each.
 
     x (B, C, H, W) -> (B, C, H, W), C even; kernel_size odd. Together the two halves hold
-    2 (C/2)^2 kernel_size^2 weights, half as many as a full convolution.
+    2 (C/2)^2 kernel_size^2 weights, half as many as a full convolution. `init_gain` and `max_gain`: what F and G add to
+    the other half, at the start and at most; see `BoundedConv2d`.
     """
 
-    def __init__(self, channels: int, kernel_size: int = 3):
+    def __init__(self, channels: int, kernel_size: int = 3, init_gain: float = 1.0, max_gain: float | None = None):
         if kernel_size % 2 == 0:
             raise RevtrainError(
                 f"kernel_size={kernel_size} would change the image size.\nExpected an odd number such as 1, 3 or 5."
             )
         half = max(1, channels // 2)
-        f, g = (nn.Conv2d(half, half, kernel_size, padding=kernel_size // 2, bias=False) for _ in range(2))
+        f, g = (BoundedConv2d(half, kernel_size, init_gain, max_gain) for _ in range(2))
         super().__init__(channels, f, g, per_sample=True, channels_last=True)

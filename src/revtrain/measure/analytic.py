@@ -34,6 +34,7 @@ from typing import Any, Literal
 from revtrain.device import DTYPES
 from revtrain.errors import RevtrainError
 from revtrain.invertible import MIB
+from revtrain.layers.bounded import PROBE_SIDE
 from revtrain.models.chunked import expansions
 from revtrain.models.hybrid import UNITS_PER_BRANCH
 from revtrain.models.parts import spread_depth, stream_of
@@ -352,7 +353,7 @@ def _sum(setting: _Setting, stage: _Stage) -> Work:
         copies = 5 + (setting.scaled or result != v)  # x; G's output, scaled or widened; three steps of rounding
         formula = f"{copies} h v + h r, r the bytes of G's output"
         terms = [_local("the sum: x, G's output, scaled and rounded", EQ_STORED, formula, h * (copies * v + result))]
-    if arch == "hybrid" or (arch == "chunked" and setting.cfg.norm == "hidden" and setting.cast(v)):
+    if arch == "hybrid" or (arch == "chunked" and (setting.cfg.norm == "input" or setting.cast(v))):
         terms.append(_local("the sum: y1, which G does not save", EQ_STORED, "h v", h * v))
     return Work("forward", tuple(terms))
 
@@ -539,7 +540,7 @@ def _reversible(setting: _Setting) -> list[Module]:
                 if cfg.arch == "irevnet":
                     work += (_end_of_stored_residual(setting, stage),)
             parameters, channels, norms = block.size(cfg, stage)
-            buffers = _buffers(channels, norms, setting.stream.is_integer)
+            buffers = _buffers(channels, norms, setting.stream.is_integer) + block.own_buffers(cfg, stage)
             modules.append(Module(name, stage.index, parameters, buffers, stored, work, not setting.inverts))
     return [*modules, _readout(setting, last, state, plain)]
 
@@ -623,6 +624,10 @@ class _Block:
         """(parameters, BN channels, BNs of torch's own) of one unit."""
         raise NotImplementedError
 
+    def own_buffers(self, cfg: Any, stage: _Stage) -> int:
+        """Bytes of the buffers of one unit that are not statistics of BN."""
+        return 0
+
     def at_work(self, setting: _Setting, stage: _Stage, gradient: Term) -> tuple[Work, ...]:
         """What is alive besides the state while one unit is walked back; `gradient` is that of the state."""
         raise NotImplementedError
@@ -631,6 +636,9 @@ class _Block:
 class _Layerwise(_Block):
     def size(self, cfg, stage):
         return 9 * stage.channels**2 // 2 + 2 * stage.channels, stage.channels, 0
+
+    def own_buffers(self, cfg, stage):
+        return _chain_buffers(cfg, stage.channels // 2, convolutions=2)
 
     def at_work(self, setting, stage, gradient):
         return (Work("backward", (gradient, _scratch(_scratch_of_convolution(setting, FLOAT, stage.channels // 2)))),)
@@ -642,6 +650,9 @@ class _Hybrid(_Block):
     def size(self, cfg, stage):
         half, count = stage.channels // 2, 2 * UNITS_PER_BRANCH
         return count * (9 * half**2 // 2 + 2 * half), count * half, 0
+
+    def own_buffers(self, cfg, stage):
+        return 2 * UNITS_PER_BRANCH * _chain_buffers(cfg, stage.channels // 4, convolutions=2)
 
     def at_work(self, setting, stage, gradient):
         h = stage.half
@@ -694,6 +705,12 @@ class _Chunked(_Block):
         taken_off = values * (inside + a) + _scratch_of_sum(setting, values, a)
         backward = values * (inside + 2 * e * a + a * (setting.scaled or setting.g != a))
         return (Work("backward", (gradient, _scratch(max(taken_off, backward)))),)
+
+
+def _chain_buffers(cfg: Any, channels: int, convolutions: int) -> int:
+    """Directions of the bounded convolutions, so many channels each, and signs of the BN, a byte each."""
+    bounds = convolutions * channels * PROBE_SIDE**2 * FLOAT if cfg.max_gain is not None else 0
+    return bounds + (convolutions * channels if cfg.norm_sign == "mixed" else 0)
 
 
 def _scratch_of_convolution(setting: _Setting, reads: int, channels: int) -> float:

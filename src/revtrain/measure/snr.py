@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revtrain.chain import InvertibleChain, observe
+from revtrain.measure.probing import inverts, loss_gradients, on_the_side
 
 # An exact reconstruction has no error; its SNR is reported as this many dB, beyond float64's own.
 SNR_CEILING_DB = 320.0
@@ -87,23 +86,11 @@ def probe_snr(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, flo
 
     Returns layer name -> dB in backward order; empty for a model that rebuilds nothing (`backward=store`).
     """
-    chains = [m for m in model.modules() if isinstance(m, InvertibleChain)]
-    if not any(chain.backward_mode == "invert" for chain in chains):
+    if not inverts(model):
         return {}
     observer = SnrObserver(model)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    was_training = model.training
-    devices = [images.device] if images.device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices), torch.enable_grad(), observe(model, observer):
-            model.train()
-            loss = F.cross_entropy(model(images), labels)
-            torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
-    finally:
-        model.train(was_training)
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+    with on_the_side(model, images.device), observe(model, observer):
+        loss_gradients(model, images, labels)
     return observer.values
 
 

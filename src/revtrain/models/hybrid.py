@@ -38,10 +38,17 @@ def build(cfg, classes: int, image_size: int) -> ReversibleNet:
         )
 
     def activation(channels: int):
-        return InvertibleBatchNorm2d(channels, cfg.epsilon_i), InvertibleLeakyReLU(cfg.slope)
+        return InvertibleBatchNorm2d(channels, cfg.epsilon_i, sign=cfg.norm_sign), InvertibleLeakyReLU(cfg.slope)
 
     def branch(channels: int) -> InvertibleChain:
-        layers = [layer for _ in range(UNITS_PER_BRANCH) for layer in (*activation(channels), CouplingConv2d(channels))]
+        layers = [
+            layer
+            for _ in range(UNITS_PER_BRANCH)
+            for layer in (
+                *activation(channels),
+                CouplingConv2d(channels, init_gain=cfg.init_gain, max_gain=cfg.max_gain),
+            )
+        ]
         return InvertibleChain(layers, backward=cfg.backward)
 
     stream = stream_of(cfg)

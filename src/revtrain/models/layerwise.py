@@ -26,8 +26,8 @@ def build(cfg, classes: int, image_size: int) -> ReversibleNet:
 
     def unit(channels: int, stage: int):
         return (
-            CouplingConv2d(channels),
-            InvertibleBatchNorm2d(channels, cfg.epsilon_i),
+            CouplingConv2d(channels, init_gain=cfg.init_gain, max_gain=cfg.max_gain),
+            InvertibleBatchNorm2d(channels, cfg.epsilon_i, sign=cfg.norm_sign),
             InvertibleLeakyReLU(cfg.slope),
         )
 

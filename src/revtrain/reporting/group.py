@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from revtrain.config import ARCHITECTURES
+from revtrain.config import ARCHITECTURES, flatten
 from revtrain.reporting.read import Run
 
 # keys without influence on what a run computes: two runs that differ in them repeat each other
@@ -95,7 +95,7 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
     members: dict[str, list[Run]] = {}
     for run in runs:
         members.setdefault(_key(run, INCIDENTAL), []).append(run)
-    flat = {key: _flat(each[0].config) for key, each in members.items()}
+    flat = {key: flatten(each[0].config) for key, each in members.items()}
     groups = [
         Group(
             0, each[0].arch, {}, "", sorted(each, key=lambda run: (_sortable(run.seed), str(run.path))), _counted(each)
@@ -198,7 +198,7 @@ def _compare(groups: list[Group]) -> None:
 
 def _key(run: Run, apart: tuple[str, ...]) -> str:
     """The configuration as text, but for the keys in `apart`; that of a run without one equals no other."""
-    config = {key: value for key, value in _flat(run.config).items() if key not in apart}
+    config = {key: value for key, value in flatten(run.config).items() if key not in apart}
     if len(config) < 2:  # the architecture alone
         config["path"] = str(run.path)
     if isinstance(config.get("device"), str):  # the runs of a sweep may be shared out over several GPUs
@@ -206,17 +206,9 @@ def _key(run: Run, apart: tuple[str, ...]) -> str:
     return json.dumps(config, sort_keys=True)
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"data": {"name": ...}} as {"data.name": ...}."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
-
-
 def _order(group: Group) -> tuple[Any, ...]:
     known = ARCHITECTURES.index(group.arch) if group.arch in ARCHITECTURES else len(ARCHITECTURES)
-    config = _flat(group.counted[0].config)
+    config = flatten(group.counted[0].config)
     return (
         group.task,
         known,

@@ -202,8 +202,9 @@ def _result(path: Path, note: Any) -> dict[str, Any]:
     vram = _Values(values.mapping("peak_vram_mib"), note, "peak_vram_mib.")
     device = _Values(values.mapping("device"), note, "device.")
     peak = memory.number("peak", low=0)
+    status = values.text("status") or UNKNOWN
     return {
-        "status": values.text("status") or UNKNOWN,
+        "status": RUNNING if status == "running" else status,
         "error": values.text("error"),
         "config": values.mapping("config"),
         "arch": values.text("arch"),

@@ -1,0 +1,140 @@
+"""The SNR that training keeps, and what is said when it is lost."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+from cases import compose
+
+from revtrain.chain import InvertibleChain
+from revtrain.data import load_data, normalise
+from revtrain.fidelity import TRUSTED_COSINE, FidelityWatch, summarise_gradients, trusted
+from revtrain.measure import GradientFidelity, probe_gradients, probe_snr
+from revtrain.measure.gradients import compare
+from revtrain.models import build_model
+from revtrain.optim import make_optimizer
+from revtrain.train import train
+
+
+@pytest.fixture(scope="module")
+def batch():
+    data = load_data(compose("data.train_images=32", "data.test_images=10").data)
+    return normalise(data.train.images, data.mean, data.std), data.train.labels
+
+
+def network(*overrides):
+    cfg = compose("arch=layerwise", "width=8", "depth=9", *overrides)
+    torch.manual_seed(0)
+    return build_model(cfg, 10, 32), cfg
+
+
+# The authors' choices: positive gains, no bound, epsilon_i = 0
+PAPER = ("norm_sign=positive", "max_gain=null", "epsilon_i=0")
+
+
+def test_mixed_signs_and_bounds_keep_the_snr_of_a_layer_wise_network(batch):
+    ours, papers, negative = (
+        min(probe_snr(network(*words)[0], *batch).values()) for words in ((), PAPER, ("norm_sign=negative",))
+    )
+    assert ours > papers + 15
+    assert negative > ours + 15
+
+
+def test_training_does_not_take_the_snr_away(batch):
+    found = {}
+    for words in ((), PAPER):
+        model, cfg = network("backward=store", "lr=0.1", *words)
+        optimizer = make_optimizer(model, cfg)
+        for _ in range(15):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+            optimizer.step()
+        for module in model.modules():
+            if isinstance(module, InvertibleChain):
+                module.backward_mode = "invert"
+        found[words] = min(probe_snr(model, *batch).values())
+    assert found[()] > 20
+    assert found[()] > found[PAPER] + 25
+
+
+def test_gradients_of_a_precise_network_agree_with_the_stored_ones(batch):
+    model, _ = network("depth=3")
+    found = probe_gradients(model, *batch)
+    assert list(found) == [name for name, _ in model.named_parameters()]
+    assert min(each.cosine for each in found.values()) > 0.999
+    assert 0 < max(each.relative_error for each in found.values()) < 0.05
+    assert all(p.grad is None for p in model.parameters())
+    assert {m.backward_mode for m in model.modules() if isinstance(m, InvertibleChain)} == {"invert"}
+
+
+def test_gradients_of_a_noisy_network_do_not(batch):
+    model, _ = network("depth=12", "slope=0.05", *PAPER)
+    assert min(each.cosine for each in probe_gradients(model, *batch).values()) < 0.5
+
+
+def test_a_network_that_stores_has_nothing_to_compare(batch):
+    assert probe_gradients(network("backward=store")[0], *batch) == {}
+    assert summarise_gradients({}) is None and trusted(None) is None
+
+
+def test_compare():
+    true = torch.tensor([3.0, 4.0])
+    assert compare(true, true) == (1.0, 0.0)
+    assert compare(-true, true) == pytest.approx((-1.0, 2.0))
+    assert compare(torch.tensor([4.0, -3.0]), true) == pytest.approx((0.0, math.sqrt(2)))
+    assert compare(torch.tensor([math.nan, 1.0]), true) == (0.0, math.inf)
+    assert compare(torch.zeros(2), torch.zeros(2)) == (1.0, 0.0)
+
+
+def line(cosine):
+    gradients = summarise_gradients({"stem.weight": GradientFidelity(cosine, 0.7), "b": GradientFidelity(0.99, 0.1)})
+    snr = {"minimum": 3.2, "minimum_layer": "trunk/00_CouplingConv2d", "layers": {}}
+    return {"epoch": 2, "gradients": gradients, "snr_db": snr}
+
+
+def test_the_user_is_told_once_what_to_change(caplog):
+    caplog.set_level(logging.WARNING)
+    watch = FidelityWatch(compose("arch=layerwise", "depth=9", "norm_sign=positive", "max_gain=null"))
+    watch.look(line(TRUSTED_COSINE + 0.01))
+    assert not caplog.records
+    watch.look(line(0.4))
+    watch.look(line(0.3))
+    (record,) = caplog.records
+    for fragment in ("stem.weight", "0.40", "3.2 dB in trunk/00_CouplingConv2d", "max_gain=1", "norm_sign=mixed",
+                     "slope (now 0.2)", "epsilon_i (now 0.1)", "depth (now 9)", "arch=hybrid"):  # fmt: skip
+        assert fragment in record.getMessage()
+    assert len(record.getMessage().splitlines()) <= 5
+
+
+def test_a_comparison_that_does_not_fit_into_memory_is_left_out(tmp_path, monkeypatch, caplog):
+    """The stored activations are what the user has no memory for: training goes on, and is told once."""
+    calls = []
+
+    def full(*_):
+        calls.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("revtrain.measure.probe_gradients", full)
+    caplog.set_level(logging.WARNING)
+    words = ("width=8", "depth=1", "pooling=[]", "epochs=2", "batch=16", "data.train_images=32", "data.test_images=16")
+    result = train(compose("arch=layerwise", *words, "probe.every=1"), tmp_path)
+    assert result["status"] == "completed" and result["snr_db"]["minimum"] > 0
+    assert result["gradients"] is result["gradients_trusted"] is None
+    assert len(calls) == len([each for each in caplog.records if "probe.batch" in each.getMessage()]) == 1
+
+
+def test_a_run_says_whether_its_gradients_were_trusted(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    words = ("width=8", "epochs=1", "batch=16", "data.train_images=32", "data.test_images=16", "probe.batch=16")
+    for name, depth, good in (("shallow", 1, True), ("deep", 12, False)):
+        caplog.clear()
+        result = train(
+            compose("arch=layerwise", f"depth={depth}", "slope=0.2", *PAPER[:2], *words, "lr=1e-6"), tmp_path / name
+        )
+        assert result["gradients_trusted"] is good
+        assert (result["gradients"]["minimum_cosine"] > TRUSTED_COSINE) is good
+        warnings = [each for each in caplog.records if "no longer to be trusted" in each.getMessage()]
+        assert len(warnings) == (0 if good else 1)

@@ -1,13 +1,14 @@
 """What a long run costs in memory and on the disk: `python scripts/long_run.py`.
 
 Runs a tiny network for 300 epochs, looks at the process and at the run's files after each of them, and draws
-docs/figures/long_run.png. Linux only: the memory is that of /proc. The figure needs matplotlib
+docs/figures/long_run.png (and .csv). Linux only: the memory is that of /proc. The figure needs matplotlib
 (`pip install -e ".[figures]"`).
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ import numpy as np
 
 TINY = (
     "arch=hybrid", "depth=1", "width=8", "pooling=[]", "data=synthetic", "data.train_images=64", "data.test_images=20",
-    "batch=16", "lr=0.02", "probe.batch=8", "device=cpu",
+    "data.image_size=16", "batch=16", "lr=0.02", "probe.batch=8", "device=cpu",
 )  # fmt: skip
 FILES = {"metrics.jsonl": "metrics.jsonl", "events": "events.*", "last.pt": "last.pt", "train.log": "train.log"}
 
@@ -28,7 +29,7 @@ def measure(epochs: int, folder: Path) -> dict[str, list[float]]:
     """Run `epochs` epochs into `folder`.
 
     Returns:
-        Columns with a row for each epoch that was seen: `epoch`, `resident_kib` (of the process), `write_bytes` (all
+        Columns with a row for each epoch that was seen: `epoch`, `resident_kib` (of the process), `written_bytes` (all
         that it has written so far) and the size in bytes of each of `FILES`.
 
     Raises:
@@ -58,6 +59,15 @@ def slope(seen: dict[str, list[float]], key: str, start: int) -> float:
     return float(np.polyfit(epoch[late], value[late], 1)[0])
 
 
+def write(seen: dict[str, list[float]], path: Path) -> None:
+    """The columns as CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(name if name in ("epoch", "resident_kib", "written_bytes") else f"{name} bytes" for name in seen)
+        rows.writerows(zip(*seen.values(), strict=True))
+
+
 def _row(pid: int, folder: Path) -> dict[str, Any] | None:
     try:
         status, io = (Path(f"/proc/{pid}/{name}").read_text() for name in ("status", "io"))
@@ -71,7 +81,7 @@ def _row(pid: int, folder: Path) -> dict[str, Any] | None:
 
 
 def draw(seen: dict[str, list[float]], path: Path) -> None:
-    """Two panels: the memory of the process, the sizes of its files."""
+    """Three panels: the memory of the process, the sizes of its files, what it has written in all."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -90,7 +100,6 @@ def draw(seen: dict[str, list[float]], path: Path) -> None:
         axes.set_xlabel("epoch")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
 
@@ -110,6 +119,7 @@ def main() -> None:
           f"in the last third {slope(seen, 'written_bytes', 2 * start) / 1024:.2f} KiB")  # fmt: skip
     for name in FILES:
         print(f"  {name:<15}  {slope(seen, name, start) / 1024:8.2f} KiB of {seen[name][-1] / 1024:,.0f} KiB")
+    write(seen, given.figure.with_suffix(".csv"))
     draw(seen, given.figure)
 
 

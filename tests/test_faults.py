@@ -16,6 +16,7 @@ import os
 import pickle
 import random
 import resource
+import select
 import shutil
 import signal
 import struct
@@ -43,7 +44,7 @@ from revtrain.conf import compose
 from revtrain.config import ARCHITECTURES, BACKWARDS, POOLINGS, PRECISIONS, SCHEDULES, STREAMS
 from revtrain.errors import RevtrainError
 
-BASE = (*TINY, "arch=hybrid", "depth=1", "width=8")
+BASE = (*TINY, "arch=hybrid", "depth=1", "width=8", "data.image_size=16")
 MIB = 2**20
 
 
@@ -90,9 +91,11 @@ def at_call(monkeypatch, name, number, action):
 
 # ---- SIGKILL ---------------------------------------------------------------------------------------------
 
-# the child dies at the given one of the system calls that write a run's files; 0: it says how many there are
+# the child dies at the given one of the system calls that write a run's files; 0: it says which of them write the
+# second checkpoint
 KILLED_WRITING = """
 import os, signal, sys
+from revtrain import checkpoint
 import revtrain.models, revtrain.data, revtrain.plan, torch.utils.tensorboard  # once for all children
 from revtrain.conf import compose
 from revtrain.train import train
@@ -129,22 +132,27 @@ def child(number):
     os.fdopen = half
     for name in ("fsync", "chmod", "link", "unlink", "replace"):
         setattr(os, name, counted(getattr(os, name)))
+    save, spans = checkpoint.save, []
+    def noted(*args):
+        before = calls
+        save(*args)
+        spans.append((before + 1, calls))
+    checkpoint.save = noted
     train(compose(base), f"{folder}/{number}")
-    return calls
+    return "{} {}".format(*spans[1])
 
 def forked(number):
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
-        os.write(writing, str(child(number)).encode())
+        os.write(writing, child(number).encode())
         os._exit(0)
     os.close(writing)
     _, status = os.waitpid(pid, 0)
-    return os.WTERMSIG(status), os.read(reading, 9)
+    return os.WTERMSIG(status), os.read(reading, 20)
 
-_, calls = forked(0)
-print(int(calls))
-for number in range(int(calls) // 3 + 1, 2 * int(calls) // 3 + 3):  # of three checkpoints, the second
+first, last = map(int, forked(0)[1].split())
+for number in range(first, last + 2):  # and the first call after it
     assert forked(number) == (signal.SIGKILL, b""), number
 """
 
@@ -154,52 +162,106 @@ def test_sigkill_at_each_system_call_of_a_checkpoint(tmp_path, whole):
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     killed = sorted((each for each in tmp_path.iterdir() if each.name != "0"), key=lambda each: int(each.name))
-    assert len(killed) >= 8
+    assert len(killed) >= 7  # half of the bytes, fsync, chmod, unlink, link, rename, the next one
     epochs, leftovers = [], 0
     for folder in killed:
         leftovers += any(folder.glob(".last.pt.*"))
         epochs.append(checkpoint.load(folder)["epoch"])
         go_on(folder, tmp_path / f"resumed{folder.name}")
         assert_same_run(whole, tmp_path / f"resumed{folder.name}")
-    assert set(epochs) == {0, 1} and epochs == sorted(epochs)  # before the last rename the old one, then the new one
-    assert leftovers >= 4
+    assert epochs == [0] * (len(killed) - 1) + [1]  # before the rename the old one, then the new one
+    assert leftovers == len(killed) - 1
+    figures("SIGKILL at each system call of a checkpoint", len(killed), len(killed))
+
+
+# starts a child for each line on its standard input, a folder, and says how it ended; a fresh start would take seconds
+COMMANDS = """
+import os, sys
+import revtrain.cli, revtrain.train, revtrain.models, revtrain.data, revtrain.plan, torch.utils.tensorboard
+for line in sys.stdin:
+    folder = line.strip()
+    pid = os.fork()
+    if pid == 0:
+        for stream, name in ((1, ".out"), (2, ".err")):
+            os.dup2(os.open(folder + name, os.O_WRONLY | os.O_CREAT), stream)
+        code = revtrain.cli.main([*sys.argv[1:], f"hydra.run.dir={folder}"])
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+SIX = (*BASE, "epochs=6")
+
+
+class Command:
+    """`revtrain ... hydra.run.dir=FOLDER` as a process."""
+
+    def __init__(self, server, folder):
+        server.stdin.write(f"{folder}\n")
+        server.stdin.flush()
+        self.server, self.pid, self.code = server, int(server.stdout.readline()), None
+
+    def poll(self):
+        if self.code is None and select.select([self.server.stdout], [], [], 0)[0]:
+            self.wait()
+        return self.code
+
+    def wait(self):
+        if self.code is None:
+            self.code = int(self.server.stdout.readline())
+        return self.code
+
+    def send(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+@pytest.fixture(scope="module")
+def server():
+    words = [sys.executable, "-c", COMMANDS, *SIX]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def whole_six(tmp_path_factory):
+    """A run of 6 epochs that nothing disturbs, and the seconds it took."""
+    folder, started = tmp_path_factory.mktemp("whole") / "run", time.monotonic()
+    run(folder, base=SIX)
+    return folder, time.monotonic() - started
 
 
 @pytest.mark.slow
-def test_sigkill_at_30_random_moments(tmp_path):
-    """A fresh process each time; half are killed anywhere from the first file on, half while a file is written."""
-    base = (*BASE, "epochs=6", "width=64", "data.train_images=200", "batch=50")
-    run(tmp_path / "whole", base=base)
-    dice = random.Random(20)
-    survived, while_writing, epochs, completed = 0, 0, [], 0
-    for trial in range(30):
+@pytest.mark.parametrize("part", [1, 2, 3])
+def test_sigkill_at_30_random_moments(tmp_path, server, whole_six, part):
+    """Ten in each part; half are killed anywhere from the first file on, half while a checkpoint is written."""
+    (whole, seconds), dice = whole_six, random.Random(part)
+    survived, while_writing, completed, epochs = 0, 0, 0, []
+    for trial in range(10):
         folder, resumed = tmp_path / f"killed{trial}", tmp_path / f"resumed{trial}"
-        words = [sys.executable, "-m", "revtrain", *base, f"hydra.run.dir={folder}"]
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
-        try:
-            wait_for(lambda: (folder / "metrics.jsonl").exists(), process)  # noqa: B023
-            if trial % 2:
-                time.sleep(dice.uniform(0, 6.0))
-            else:
-                line = dice.randint(1, 6)
-                wait_for(lambda: count_lines(folder) >= line and any(folder.glob(".last.pt.*")), process)  # noqa: B023
-        finally:
-            process.kill()
-            process.wait()
-        completed += process.returncode == 0
+        process = Command(server, folder)
+        wait_for(lambda: (folder / "metrics.jsonl").exists(), process)  # noqa: B023
+        if trial % 2:
+            time.sleep(dice.uniform(0, seconds))
+        else:
+            line = dice.randint(1, 6)
+            wait_for(lambda: count_lines(folder) >= line and any(folder.glob(".last.pt.*")), process)  # noqa: B023
+        process.send(signal.SIGKILL)
+        completed += process.wait() == 0
+        assert process.code in (0, -signal.SIGKILL)
         while_writing += any(folder.glob(".last.pt.*"))
-        if (folder / "result.json").exists() and read_result(folder)["status"] == "completed":
+        if process.code == 0:
             resumed = folder
         else:
             epochs.append(checkpoint.load(folder)["epoch"] if (folder / "last.pt").exists() else None)
-            go_on(folder, resumed, base=base)
-        assert_same_run(tmp_path / "whole", resumed)
+            go_on(folder, resumed, base=SIX)
+        assert_same_run(whole, resumed)
         survived += 1
-        for each in {folder, resumed}:
-            shutil.rmtree(each)
     remark = f"{while_writing} within the writing of a checkpoint, {completed} after the end; epochs saved {epochs}"
-    figures("SIGKILL at random moments", 30, survived, remark)
-    assert survived == 30 and while_writing >= 5
+    figures("SIGKILL at random moments", 10, survived, remark)
+    assert while_writing >= 1 and len(epochs) >= 5
 
 
 def wait_for(condition, process, seconds=120.0):
@@ -286,7 +348,7 @@ def test_sigterm_ends_a_sweep_after_its_job_is_saved(command, monkeypatch, whole
         at_call(patch, "draw_augmentation", 5, terminate)
         ran = command("-m", *BASE, "seed=0,1,2")
     assert ran.code == 143 and len(ran.dirs) == 1
-    assert ran.result["status"] == "interrupted" and "0-seed-0: interrupted" in ran.out
+    assert ran.result["status"] == "interrupted" and f"{ran.dir.name}: interrupted: Ctrl-C or SIGTERM" in ran.out
     resumed = command(*BASE, f"resume={ran.dir}")
     assert_same_run(whole, resumed.dir)
 
@@ -314,32 +376,30 @@ def test_weights_that_are_no_longer_finite_are_not_saved_at_sigterm(tmp_path, mo
 
 
 @pytest.mark.slow
-def test_sigterm_at_10_random_moments_of_real_processes(tmp_path):
-    base = (*BASE, "epochs=6", "width=64", "data.train_images=200", "batch=50")
-    run(tmp_path / "whole", base=base)
-    dice, survived, seconds, steps = random.Random(21), 0, [], []
+def test_sigterm_at_10_random_moments(tmp_path, server, whole_six):
+    (whole, whole_seconds), dice = whole_six, random.Random(21)
+    survived, seconds, steps = 0, [], []
     for trial in range(10):
         folder, resumed = tmp_path / f"ended{trial}", tmp_path / f"resumed{trial}"
-        words = [sys.executable, "-m", "revtrain", *base, f"hydra.run.dir={folder}"]
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tmp_path, text=True)
+        process = Command(server, folder)
         wait_for(lambda: (folder / "metrics.jsonl").exists(), process)  # noqa: B023
-        time.sleep(dice.uniform(0, 4.0))
-        process.terminate()
+        time.sleep(dice.uniform(0, whole_seconds))
         asked = time.monotonic()
-        _, err = process.communicate(timeout=120)
-        seconds.append(time.monotonic() - asked)
-        if process.returncode == 0:
+        process.send(signal.SIGTERM)
+        if process.wait() == 0:
             resumed = folder
         else:
-            assert process.returncode == 143 and "continue with" in err and "Traceback" not in err, err
+            seconds.append(time.monotonic() - asked)
+            said = Path(f"{folder}.err").read_text()
+            assert process.code == 143 and "continue with" in said and "Traceback" not in said, said
             state = read_checkpoint(folder)
-            steps.append(4 * state["epoch"] + (state["partial"] or {"step": 0})["step"])
-            go_on(folder, resumed, base=base)
-        assert_same_run(tmp_path / "whole", resumed)
+            steps.append(3 * state["epoch"] + (state["partial"] or {"step": 0})["step"])
+            go_on(folder, resumed, base=SIX)
+        assert_same_run(whole, resumed)
         survived += 1
-    remark = f"ended within {max(seconds):.1f} s (median {sorted(seconds)[5]:.1f}); steps saved {steps} of 24"
+    remark = f"{len(seconds)} before the end, gone within {max(seconds):.1f} s; steps saved {steps} of 18"
     figures("SIGTERM at random moments", 10, survived, remark)
-    assert survived == 10
+    assert len(seconds) >= 5
 
 
 # ---- the disk --------------------------------------------------------------------------------------------
@@ -875,7 +935,15 @@ KEYS = {
     "probe.batch": whole_numbers(2, 30),
     "probe.every": whole_numbers(0, 3),
 }  # fmt: skip
-PLAIN = (*TINY, "data.train_images=20", "data.test_images=10", "batch=10", "epochs=1", "probe.batch=4")
+PLAIN = (
+    *TINY,
+    "data.train_images=20",
+    "data.test_images=10",
+    "data.image_size=16",
+    "batch=10",
+    "epochs=1",
+    "probe.batch=4",
+)
 CONFIGURATIONS = st.lists(
     st.sampled_from(sorted(KEYS)).flatmap(lambda key: KEYS[key].map(lambda value: f"{key}={value}")),
     min_size=1, max_size=6,
@@ -912,11 +980,13 @@ def test_30_random_configurations_run_or_are_refused(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_500_random_configurations_run_or_are_refused(command, tmp_path):
+@pytest.mark.parametrize("part", [1, 2, 3, 4, 5])
+def test_500_random_configurations_run_or_are_refused(command, tmp_path, part):
+    """A hundred in each part; REVTRAIN_FUZZ_SEED=N tries others."""
     ends = []
 
-    @seed(int(os.environ.get("REVTRAIN_FUZZ_SEED", "0")))
-    @settings(max_examples=500, database=None, deadline=None, suppress_health_check=CLEAN)
+    @seed(10 * int(os.environ.get("REVTRAIN_FUZZ_SEED", "0")) + part)
+    @settings(max_examples=100, database=None, deadline=None, suppress_health_check=CLEAN)
     @given(CONFIGURATIONS)
     def check(words):
         try_configuration(command, tmp_path, words, ends)
@@ -924,7 +994,7 @@ def test_500_random_configurations_run_or_are_refused(command, tmp_path):
     check()
     counts = {end: ends.count(end) for end in sorted(set(ends))}
     figures("random configurations", len(ends), len(ends), str(counts))
-    assert len(ends) >= 500 and counts["completed"] >= 50 and counts["refused"] >= 50
+    assert len(ends) >= 100 and counts["completed"] >= 10 and counts["refused"] >= 10
 
 
 @pytest.mark.parametrize("word", ["data.train_images=2000000000", "depth=1000000000", "width=10000000000"])

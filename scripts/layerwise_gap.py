@@ -8,7 +8,7 @@ FOLDER holds train/CLASS/*.jpg and test/CLASS/*.jpg. Two variants of arch=layerw
 ours      biased variance, epsilon_i = 0.1, bounded convolutions (max_gain=1), BN gains of mixed signs
 authors   unbiased variance in the inverse, epsilon_i = 0, no bound, positive gains
 
-The same command continues where it was cut off: complete runs are kept, others start anew.
+The same command continues where it was cut off: runs that ended are kept, others start anew.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ import os
 import shutil
 import statistics
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 VARIANTS = {
     "ours": [],
     "authors": ["epsilon_i=0", "max_gain=null", "norm_sign=positive"],
 }
+ENDED = ("completed", "failed")
 SETTING = [
     "arch=layerwise", "depth=10", "width=16", "slope=0.2", "experiment=cifar10_jpeg_small", "epochs=8", "probe.every=2",
     "data.test_limit=5000",
@@ -35,15 +37,17 @@ SETTING = [
 
 def run(variant: str, backward: str, seed: int, folder: Path, overrides: list[str]) -> None:
     """Train one network into `folder`, unless that was done before."""
-    if _result(folder).get("status") == "completed":
+    if _result(folder).get("status") in ENDED:
         return
     shutil.rmtree(folder, ignore_errors=True)
     from revtrain.conf import compose
+    from revtrain.errors import RevtrainError
     from revtrain.train import train
 
     if variant == "authors":
         _invert_by_the_unbiased_variance()
-    train(compose([*SETTING, *VARIANTS[variant], f"backward={backward}", f"seed={seed}", *overrides]), folder)
+    with suppress(RevtrainError):  # a loss that is not finite is a result, too
+        train(compose([*SETTING, *VARIANTS[variant], f"backward={backward}", f"seed={seed}", *overrides]), folder)
     print(_line(variant, backward, seed, _result(folder)), flush=True)
 
 
@@ -70,12 +74,13 @@ def _result(folder: Path) -> dict:
 
 def _line(variant: str, backward: str, seed: int, result: dict) -> str:
     snr = f", minimum SNR {result['snr_db']['minimum']:.1f} dB" if result.get("snr_db") else ""
-    accuracy = result.get("test_accuracy")
-    return f"{variant} {backward} seed {seed}: {'-' if accuracy is None else f'{100 * accuracy:.2f} %'}{snr}"
+    if result.get("status") != "completed":
+        return f"{variant} {backward} seed {seed}: {result.get('error', 'not ended').splitlines()[0]}"
+    return f"{variant} {backward} seed {seed}: {100 * result['test_accuracy']:.2f} %{snr}"
 
 
 def table(out: Path, seeds: int) -> str:
-    """Markdown: accuracies in %, means over the seeds that both modes have completed."""
+    """Markdown: accuracies in %, means over the seeds that have ended in both modes."""
     lines = [
         "| variant | seeds | store % | invert % | gap, points | minimum SNR dB, after training |",
         "|---|---|---|---|---|---|",
@@ -88,9 +93,16 @@ def table(out: Path, seeds: int) -> str:
         pairs = [
             (s, i)
             for s, i in zip(found["store"], found["invert"], strict=True)
-            if s.get("status") == i.get("status") == "completed"
+            if s.get("status") == "completed" and i.get("status") in ENDED
         ]
         if not pairs:
+            continue
+        lost = [i for _, i in pairs if i["status"] == "failed"]
+        if lost:
+            store = _spread([100 * s["test_accuracy"] for s, _ in pairs])
+            why = f"diverged ({len(lost)} of {len(pairs)} seeds)"
+            snr = ", ".join("-" if i["snr_db"] is None else f"{i['snr_db']['minimum']:.1f} at the start" for i in lost)
+            lines.append(f"| {variant} | {len(pairs)} | {store} | {why} | - | {snr} |")
             continue
         store, invert = ([100 * r["test_accuracy"] for r in side] for side in zip(*pairs, strict=True))
         gaps = [a - b for a, b in zip(store, invert, strict=True)]

@@ -280,6 +280,7 @@ def chain_row(depth: int, slope: float, steps: int, width: int, batch: int, seed
     over the layers whose measured SNR is between 20 dB and exact; alpha is the mean in dB over layers of a kind.
     """
     overrides = ["arch=layerwise", "data=synthetic", "lr=0.1", f"depth={depth}", f"slope={slope}", f"width={width}"]
+    overrides += ["norm_sign=positive", "max_gain=null"]  # as the paper has it
     torch.manual_seed(seed)
     model, twin = (build_model(compose([*overrides, f"backward={mode}"])) for mode in ("invert", "store"))
     cfg = compose([*overrides, f"data.train_images={batch * (steps + 1)}"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,24 +15,36 @@ from revtrain.config import ARCHITECTURES, DATASETS, Config, expected, schema, v
 from revtrain.errors import RevtrainError
 
 CONF = Path(revtrain.conf.__file__).parent
-YAMLS = [(group, path.stem) for group in ("arch", "data", "experiment") for path in (CONF / group).glob("*.yaml")]
+VARIANTS = {"layerwise_paper": "layerwise"}  # yamls of arch/ that set more than the architecture
+YAMLS = [
+    (group, path.stem) for group in ("arch", "data", "scale", "experiment") for path in (CONF / group).glob("*.yaml")
+]
 
 
 @pytest.mark.parametrize(("group", "name"), YAMLS)
 def test_every_yaml_composes_and_is_valid(group, name):
     cfg = compose([f"{group}={name}", "data.root=."])
     validate(cfg)
-    assert {"arch": cfg.arch, "data": cfg.data.name, "experiment": cfg.experiment}[group] == name
+    if group != "scale":
+        chosen = {"arch": cfg.arch, "data": cfg.data.name, "experiment": cfg.experiment}[group]
+        assert chosen == VARIANTS.get(name, name)
 
 
 @pytest.mark.parametrize(("group", "name"), YAMLS)
 def test_every_yaml_states_its_command(group, name):
-    assert f"# Command: revtrain {group}={name}" in (CONF / group / f"{name}.yaml").read_text()
+    assert re.search(rf"^# Command: revtrain .*\b{group}={name}\b", (CONF / group / f"{name}.yaml").read_text(), re.M)
 
 
 def test_the_groups_are_those_of_the_schema():
-    assert sorted(name for group, name in YAMLS if group == "arch") == sorted(ARCHITECTURES)
+    assert sorted(name for group, name in YAMLS if group == "arch") == sorted([*ARCHITECTURES, *VARIANTS])
     assert sorted(name for group, name in YAMLS if group == "data") == sorted(DATASETS)
+
+
+def test_the_scale_of_a_figure_is_one_word():
+    small, full = (compose(["experiment=fig11_depth", *words]) for words in ([], ["scale=full"]))
+    assert (small.width, small.epochs, small.data.train_limit) == (8, 3, 2000)
+    assert (full.width, full.epochs, full.batch, full.data.train_limit) == (32, 40, 512, None)
+    assert full.arch == "layerwise" and full.data.name == "imagefolder"
 
 
 def test_yaml_and_schema_agree_on_the_defaults():

@@ -14,6 +14,7 @@ from revtrain.data import load_data, normalise
 from revtrain.fidelity import TRUSTED_COSINE, FidelityWatch, summarise_gradients, trusted
 from revtrain.measure import GradientFidelity, probe_gradients, probe_snr
 from revtrain.measure.gradients import compare
+from revtrain.measure.probing import loss_gradients
 from revtrain.models import build_model
 from revtrain.optim import make_optimizer
 from revtrain.train import train
@@ -77,7 +78,7 @@ def test_gradients_of_a_noisy_network_do_not(batch):
 
 def test_a_network_that_stores_has_nothing_to_compare(batch):
     assert probe_gradients(network("backward=store")[0], *batch) == {}
-    assert summarise_gradients({}) is None and trusted(None) is None
+    assert summarise_gradients({}) is None and trusted({"gradients": None, "snr_db": None}) is None
 
 
 def test_compare():
@@ -87,6 +88,29 @@ def test_compare():
     assert compare(torch.tensor([4.0, -3.0]), true) == pytest.approx((0.0, math.sqrt(2)))
     assert compare(torch.tensor([math.nan, 1.0]), true) == (0.0, math.inf)
     assert compare(torch.zeros(2), torch.zeros(2)) == (1.0, 0.0)
+
+
+class Faint(torch.nn.Module):
+    def forward(self, x):
+        return x * 1e-4
+
+
+def test_gradients_in_float16_come_from_a_scaled_loss(batch):
+    """Without the scale those behind a faint activation would all be 0."""
+    torch.manual_seed(0)
+    mean = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), Faint(), mean, torch.nn.Linear(4, 10))
+    true = loss_gradients(model, *batch)
+    with torch.autocast("cpu", torch.float16):
+        found = loss_gradients(model, batch[0].half(), batch[1])
+    assert compare(found[0], true[0]).cosine > 0.9
+    assert found[0].norm().item() == pytest.approx(true[0].norm().item(), rel=0.3)
+
+
+def test_noise_of_the_precision_is_not_blamed_on_reconstruction():
+    noisy = line(0.8)
+    assert trusted(noisy) is False
+    assert trusted({**noisy, "snr_db": {**noisy["snr_db"], "minimum": 50.0}}) is True
 
 
 def line(cosine):

@@ -5,7 +5,7 @@ import torch
 from cases import compose, prenorm
 from torch import nn
 
-from revtrain.chain import InvertibleChain
+from revtrain.chain import InvertibleChain, observe
 from revtrain.errors import RevtrainError
 from revtrain.layers import AdditiveCoupling, ChannelPooling, InvertibleLeakyReLU
 from revtrain.measure import probe_snr, stream_overflows
@@ -84,20 +84,33 @@ def test_an_integer_stream_is_the_same_function_in_both_modes(name):
         torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4)
 
 
-def test_overflows_are_counted_where_they_happen():
-    chain = chain_of("int16")
+@pytest.mark.parametrize("name", ["float32", "int16"])
+def test_overflows_are_counted_where_they_happen(name):
+    chain = chain_of(name)
     chain(values())
     assert stream_overflows(nn.Sequential(chain)) == {}
     with torch.no_grad():
         chain.layers[1].f.body[3].weight.mul_(1e4)
     chain(values()).sum().backward()  # the way back counts nothing twice
     counts = stream_overflows(nn.Sequential(chain))
-    assert list(counts) == ["0/01_AdditiveCoupling"]
+    assert next(iter(counts)) == "0/01_AdditiveCoupling"
     once = counts["0/01_AdditiveCoupling"]
     chain(values(1e3))
     after = stream_overflows(nn.Sequential(chain))
     assert after["0 (input)"] > 0
     assert after["0/01_AdditiveCoupling"] > once
+
+
+def test_a_floating_point_stream_is_exact_up_to_its_range_and_no_further():
+    stream = Stream("float32")
+    below, beyond = torch.tensor([stream.range - 1.0]), torch.tensor([2 * stream.range])
+    step = torch.tensor([2.0**-stream.bits])
+    for state, exact in ((below, True), (beyond, False)):
+        before = state.clone()
+        stream.add_(state, step)
+        assert bool(state - before == step) is exact
+        assert int(stream.beyond(state)) == (not exact)
+    assert int(stream.beyond(torch.tensor([float("nan"), float("-inf"), 0.0]))) == 2
 
 
 @pytest.mark.parametrize("arch", ["revnet", "irevnet", "hybrid", "chunked"])
@@ -120,6 +133,78 @@ def test_a_hundred_blocks_are_rebuilt_to_the_last_bit_after_a_training_step(arch
         nn.functional.cross_entropy(model(images), labels).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+
+
+class Equal:
+    """Whether what the backward pass rebuilds is, bit by bit, what went into every coupling of a trunk."""
+
+    def __init__(self):
+        self.true, self.compared, self.unequal = {}, 0, 0
+
+    def on_input(self, layer, x):
+        if isinstance(layer, AdditiveCoupling) and layer.residual.stream.bits is not None:
+            self.true[layer] = x.detach().clone()
+
+    def on_reconstructed(self, layer, x):
+        if layer in self.true:
+            self.compared += 1
+            self.unequal += not torch.equal(self.true.pop(layer), x.detach())
+
+
+def extreme_images(stream):
+    """Images that are ordinary, nothing, constant, tiny, alternating and large (as large as a float grid can hold)."""
+    torch.manual_seed(1)
+    ordinary = torch.randn(4, 3, 8, 8)
+    sign = torch.tensor([1.0, -1.0]).repeat(4, 3, 8, 4)
+    large = 60.0 if stream == "float32" else 1e6
+    return {
+        "ordinary": ordinary,
+        "zeros": torch.zeros_like(ordinary),
+        "constant": torch.full_like(ordinary, 2.7),
+        "tiny": ordinary * 1e-40,
+        "alternating": 3.0 * sign,
+        "large": ordinary * large,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["revnet", "irevnet", "hybrid", "chunked"])
+@pytest.mark.parametrize("stream", ["float32", *INTEGERS])
+def test_a_hundred_blocks_are_rebuilt_to_the_last_bit_after_a_hundred_steps(arch, stream):
+    """In float32 and bfloat16 convolutions, on one and on two threads, on ordinary and on extreme images."""
+    width = 8 if arch == "hybrid" else 4
+    cfg = compose(f"arch={arch}", f"width={width}", "depth=100", "pooling=[]", f"stream={stream}", "residual_scale=0.2")
+    torch.manual_seed(0)
+    model = build_model(cfg, 10, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    losses = []
+    for step in range(100):
+        images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(step % 4))
+        loss = nn.functional.cross_entropy(model(images), torch.arange(8))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10]), "the steps train"
+    trained, threads = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            for kind, images in extreme_images(stream).items():
+                for dtype in (torch.float32, torch.bfloat16):
+                    equal = Equal()
+                    model.load_state_dict(trained)
+                    for name, buffer in model.named_buffers():
+                        if name.endswith("overflows"):
+                            buffer.zero_()
+                    with observe(model, equal), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                        nn.functional.cross_entropy(model(images).float(), torch.arange(4)).backward()
+                    assert (equal.compared, equal.unequal) == (100, 0), (kind, dtype, count)
+                    overflows = stream_overflows(model)
+                    assert not overflows or kind == "large", (kind, dtype, overflows)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -62,7 +62,7 @@ class InvertibleChain(InvertibleLayer):
             backward pass overwrites it.
 
     Input and output are tensors (B, ...); the layers decide the rest. `overflows` counts the values of inputs that
-    were out of the range of an integer stream. Raises `RevtrainError` for a layer that is not invertible, one that
+    were out of the range of the stream's grid. Raises `RevtrainError` for a layer that is not invertible, one that
     an integer stream cannot pass, or an unknown `backward`.
     """
 
@@ -96,7 +96,7 @@ class InvertibleChain(InvertibleLayer):
         self.backward_mode = backward
         self.stream, self.readout = stream, readout
         self.reuse_output = reuse_output or readout is not None
-        if stream.is_integer:
+        if stream.bits is not None:
             self.register_buffer("overflows", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ log = logging.getLogger(__name__)
 
 # Beyond this, noise makes up half of a gradient: sqrt(1 / 0.9^2 - 1) = 0.48.
 TRUSTED_COSINE = 0.9
+# Above this, what differs is not the reconstruction's doing but ordinary rounding, of 16 bit in a bias of few channels.
+REBUILT_WELL_DB = 40.0
 
 
 def summarise_gradients(parameters: dict[str, Any]) -> dict[str, Any] | None:
@@ -30,9 +32,16 @@ def summarise_gradients(parameters: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def trusted(gradients: dict[str, Any] | None) -> bool | None:
-    """Whether every parameter's gradient points where the true one does; None where that was not measured."""
-    return None if gradients is None else gradients["minimum_cosine"] >= TRUSTED_COSINE
+def trusted(line: dict[str, Any]) -> bool | None:
+    """Whether every parameter's gradient points where the true one does, as far as reconstruction decides it.
+
+    Args:
+        line: of metrics.jsonl. None is returned where gradients were not compared.
+    """
+    gradients, snr = line.get("gradients"), line.get("snr_db")
+    if gradients is None:
+        return None
+    return gradients["minimum_cosine"] >= TRUSTED_COSINE or (snr is not None and snr["minimum"] >= REBUILT_WELL_DB)
 
 
 class FidelityWatch:
@@ -44,7 +53,7 @@ class FidelityWatch:
     def look(self, line: dict[str, Any]) -> None:
         """`line`: of metrics.jsonl."""
         gradients, snr = line["gradients"], line["snr_db"]
-        if self.warned or trusted(gradients) is not False:
+        if self.warned or trusted(line) is not False:
             return
         self.warned = True
         where = f"rebuilt at {snr['minimum']:.1f} dB in {snr['minimum_layer']}" if snr else "not rebuilt well enough"

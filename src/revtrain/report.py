@@ -59,7 +59,7 @@ def new_result(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     `batch=auto` came to. `snr_db` is {"minimum", "minimum_layer",
     "layers"} of the last probe, null in store mode. `gradients` is what `revtrain.fidelity.summarise_gradients` returns
     for it, and `gradients_trusted` whether every one pointed the right way at every probe. `stream_overflows` counts
-    the values that left the range of an integer stream since the run was started or resumed; null for other streams.
+    the values that left the range of the stream's grid since the run was started or resumed; null for plain streams.
     `peak_vram_mib` is {"allocated", "reserved"} over the training steps, null without CUDA. `memory_bytes` takes the
     peak of one training step apart.
     `train_seconds` counts training steps only, and includes those of a run that was resumed.
@@ -260,7 +260,7 @@ class Report:
             result["snr_db"] = line["snr_db"]
         if compared := line.get("gradients"):
             result["gradients"] = compared
-            result["gradients_trusted"] = trusted(compared) and result["gradients_trusted"] is not False
+            result["gradients_trusted"] = trusted(line) and result["gradients_trusted"] is not False
         if peak := line["peak_vram_mib"]:
             before = result["peak_vram_mib"] or peak
             result["peak_vram_mib"] = {key: max(before[key], peak[key]) for key in peak}

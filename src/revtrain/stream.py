@@ -6,9 +6,9 @@
     int32      fixed point, the same grid in 32 bits: exact everywhere, range 2^15
     int16      fixed point in half of the bytes: multiples of 2^-8, range 2^7
 
-On a grid, y1 = x1 + round(F(x2)) is undone to the last bit at any depth (Eqs. 8, 9). Integers wrap round where a
-sum leaves their range: still undone exactly, but the network then computes with a wrong value, so every such
-value is counted.
+On a grid, y1 = x1 + round(F(x2)) is undone to the last bit at any depth (Eqs. 8, 9). Where a sum leaves the range,
+integers wrap round: still undone exactly, but the network then computes with a wrong value; floating point goes on
+with a rounded one: a right value, not undone exactly. Every such value is counted, in either.
 """
 
 from __future__ import annotations
@@ -97,8 +97,11 @@ class Stream:
         if not self.is_integer:
             state = x.to(_at_least_float32(x.dtype), copy=True, memory_format=torch.contiguous_format)
             if self.rounds(state):
+                lost = []
                 for sl in batch_chunks(state, chunk_bytes):
                     state[sl].copy_(self.snap(state[sl]))
+                    lost.append(self.beyond(state[sl]))
+                return state, torch.stack(lost).sum()
             return state, None
         state = torch.zeros(x.shape, dtype=self.dtype, device=x.device)
         lost = [self.add_(state[sl], x[sl].to(_at_least_float32(x.dtype))) for sl in batch_chunks(x, chunk_bytes)]
@@ -127,6 +130,10 @@ class Stream:
         total = scaled.masked_fill_(beyond, 0).to(wider).mul_(sign).add_(state)
         state.copy_(total)
         return beyond.logical_or_(total != state).sum()
+
+    def beyond(self, state: Tensor) -> Tensor:
+        """How many values of a floating-point state lie outside the range (or are not numbers), as a tensor ()."""
+        return torch.logical_not(state.abs() < self.range).sum()
 
 
 PLAIN = Stream()

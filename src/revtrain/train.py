@@ -438,14 +438,21 @@ class _Clock:
 
 
 class _Overflows:
-    """Values beyond the range of an integer stream: the network went on with a wrong number in their place."""
+    """Values beyond the range of the stream's grid: integers went on with a wrong number in their place, floating
+    point is no longer undone exactly."""
 
     def __init__(self, model: nn.Module, cfg: Any):
         from revtrain.measure import stream_overflows
+        from revtrain.models.parts import stream_of
 
         self.applies = any(name.endswith("overflows") for name, _ in model.named_buffers())
         self.by_layer = lambda: stream_overflows(model)
         self.cfg, self.warned = cfg, False
+        self.consequence = (
+            "The network computed with wrong values there"
+            if stream_of(cfg).is_integer
+            else "Reconstruction is no longer exact there"
+        )
 
     def count(self) -> int:
         return sum(self.by_layer().values())
@@ -457,9 +464,9 @@ class _Overflows:
             worst = max(layers, key=layers.__getitem__)
             log.warning(
                 "stream     %d values left the range of the stream by epoch %d, most of them (%d) in %s.\n"
-                "           The network computed with wrong values there. Use stream=int32, a smaller "
-                "residual_scale (now %g), a lower lr, or fewer grid_bits.",
-                sum(layers.values()), epoch, layers[worst], worst, self.cfg.residual_scale,
+                "           %s. Use %sa smaller residual_scale (now %g), a lower lr, or fewer grid_bits.",
+                sum(layers.values()), epoch, layers[worst], worst, self.consequence,
+                "" if self.cfg.stream == "int32" else "stream=int32, ", self.cfg.residual_scale,
             )  # fmt: skip
 
 

@@ -44,8 +44,8 @@ class Residual:
         for sl in batch_chunks(result, chunk_bytes):
             scaled = result[sl].float() if result.dtype != torch.float64 else result[sl]
             lost = self.stream.add_(target[sl], scaled if self.scale == 1 else scaled * self.scale, sign)
-            if overflows is not None and lost is not None:
-                overflows += lost
+            if overflows is not None:
+                overflows += self.stream.beyond(target[sl]) if lost is None else lost
 
 
 class Branch:

@@ -45,7 +45,7 @@ class AdditiveCoupling(InvertibleLayer):
         channels_last: hand F and G their inputs in the memory format that convolutions are fastest in (see
             `convolution_format`) rather than always contiguous. They must not `view` them, then.
 
-    `overflows` counts the values that left the range of an integer stream in forward passes.
+    `overflows` counts the values that left the range of the stream's grid in forward passes.
     Raises `RevtrainError` for an odd number of channels.
     """
 
@@ -69,7 +69,7 @@ class AdditiveCoupling(InvertibleLayer):
         self.residual = Residual(scale, stream)
         self.f, self.g = f, g
         self.passes_integers = stream.is_integer
-        if stream.is_integer:
+        if stream.bits is not None:
             self.register_buffer("overflows", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def extra_repr(self) -> str:

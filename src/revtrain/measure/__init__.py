@@ -3,7 +3,7 @@
 probe_snr             SNR in dB of every reconstructed activation (Eq. 15)
 probe_gradients       cosine and relative error of every parameter's gradient, `invert` against `store`
 measure_step_memory   peak live bytes of one training step, without allocating anything
-stream_overflows      how many values left the range of an integer stream
+stream_overflows      how many values left the range of the streams' grids
 LiveStorages          the counter behind it, for any code
 """
 

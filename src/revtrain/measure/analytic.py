@@ -192,6 +192,11 @@ class _Setting:
         return self.stream.dtype.itemsize if self.stream.is_integer else FLOAT
 
     @property
+    def counts(self) -> bool:
+        """Whether chains and couplings count what leaves the range of their grid."""
+        return self.stream.bits is not None
+
+    @property
     def g(self) -> int:
         return self.a if self.stream.is_integer else FLOAT
 
@@ -326,12 +331,12 @@ def _stages(cfg: Any, units: Iterable[int]) -> list[_Stage]:
 
 
 def _stem(setting: _Setting) -> Module:
-    counter = COUNTER_BYTES if setting.cfg.arch in _BLOCKS and setting.stream.is_integer else 0  # of the trunk
+    counter = COUNTER_BYTES if setting.cfg.arch in _BLOCKS and setting.counts else 0  # of the trunk
     return Module("stem", 0, parameters=27 * setting.cfg.width, buffer_bytes=counter)
 
 
 def _buffers(channels: int, torch_norms: int = 0, counters: int = 0) -> int:
-    """Running mean and variance of so many channels; torch's own norms count their batches, integers overflows."""
+    """Running mean and variance of so many channels; torch's own norms count their batches, grids their overflows."""
     return 2 * channels * FLOAT + (torch_norms + counters) * COUNTER_BYTES
 
 
@@ -427,7 +432,7 @@ def _revnet(setting: _Setting) -> list[Module]:
             else:
                 stored = (_stored_block(setting, stage, name),)
                 work = (_sum(setting, stage), _end_of_stored_residual(setting, stage))
-            counters = setting.stream.is_integer * (1 + (unit == 0))
+            counters = setting.counts * (1 + (unit == 0))
             parameters, buffers = 9 * big * big + 4 * big, _buffers(2 * big, 4, counters)
             modules.append(Module(name, t, parameters, buffers, stored, work, not setting.inverts))
     return [*modules, _revnet_head(setting, stages[-1])]
@@ -540,7 +545,7 @@ def _reversible(setting: _Setting) -> list[Module]:
                 if cfg.arch == "irevnet":
                     work += (_end_of_stored_residual(setting, stage),)
             parameters, channels, norms = block.size(cfg, stage)
-            buffers = _buffers(channels, norms, setting.stream.is_integer) + block.own_buffers(cfg, stage)
+            buffers = _buffers(channels, norms, setting.counts) + block.own_buffers(cfg, stage)
             modules.append(Module(name, stage.index, parameters, buffers, stored, work, not setting.inverts))
     return [*modules, _readout(setting, last, state, plain)]
 

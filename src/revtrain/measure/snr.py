@@ -95,7 +95,7 @@ def probe_snr(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, flo
 
 
 def stream_overflows(model: nn.Module) -> dict[str, int]:
-    """How many values left the range of an integer stream so far, layer -> count; only layers where some did.
+    """How many values left the range of the streams' grids so far, layer -> count; only layers where some did.
 
     The name of a chain itself stands for its input.
     """

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "errors": set(),
     "files": set(),
-    "preemption": set(),
+    "preemption": {"launch"},
     "config": {"errors"},
     "invertible": BASE,
     "stream": BASE | {"invertible"},
@@ -32,7 +32,9 @@ MAY_IMPORT = {
     "data": BASE,
     "optim": BASE | {"layers"},
     "device": BASE,
-    "checkpoint": BASE,
+    "launch": {"errors"},
+    "distributed": BASE | {"launch", "layers"},
+    "checkpoint": BASE | {"launch"},
     "fidelity": BASE,
     "report": BASE | {"fidelity"},
     "reporting": BASE,
@@ -40,9 +42,10 @@ MAY_IMPORT = {
     "plan": BASE | CORE | {"layers", "models", "measure", "optim", "device"},
     "theory": BASE | CORE | {"layers", "measure"},
     "train": BASE
-    | {"preemption", "fidelity", "data", "models", "measure", "report", "checkpoint", "optim", "device", "plan"},
+    | {"data", "layers", "models", "measure", "report", "checkpoint", "optim", "device", "plan"}
+    | {"distributed", "fidelity", "preemption"},
     "sweeps": BASE | {"report", "checkpoint"},
-    "cli": BASE | {"preemption", "train", "report", "checkpoint", "sweeps", "conf", "__init__"},
+    "cli": BASE | {"preemption", "train", "report", "checkpoint", "sweeps", "conf", "launch", "__init__"},
 }
 
 

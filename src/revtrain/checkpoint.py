@@ -9,6 +9,7 @@ dictionary of plain containers and tensors:
     overrides   the command line that made it, a list of strings
     classes     number of classes of the data set
     images      number of training images
+    processes   that trained together under torchrun
     epoch       epochs completed; 0 is the state before the first
     partial     None, or what the epoch after that has come to (see `revtrain.train.Progress`)
     model       state_dict
@@ -39,6 +40,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from revtrain import launch
 from revtrain.config import flatten
 from revtrain.errors import RevtrainError
 from revtrain.files import write_atomic
@@ -289,7 +291,7 @@ def restore(
 def command(overrides: list[str], resume: str | Path) -> str:
     """The command line that continues a run."""
     kept = [each for each in overrides if not each.startswith("resume=")]
-    return shlex.join(["revtrain", *kept, f"resume={resume}"])
+    return shlex.join([*launch.command(), *kept, f"resume={resume}"])
 
 
 def _first_line(error: Exception) -> str:

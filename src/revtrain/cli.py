@@ -23,10 +23,11 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from revtrain import __version__, files, preemption, sweeps
+from revtrain import __version__, files, launch, preemption, sweeps
 from revtrain.conf import constant_keys
 from revtrain.config import did_you_mean, expected, schema, validate
 from revtrain.errors import RevtrainError
@@ -51,6 +52,7 @@ file_log = logging.getLogger("revtrain.errors")  # train.log alone
 
 GROUPS = ("arch", "data", "experiment")
 COMPLETED, BUG, MENDABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+PATIENCE_SECONDS = 5.0  # that the first process gets to report an error before another does
 PARENT = "REVTRAIN_SWEEP_PID"  # of the process that runs the sweep, for its workers
 
 _exit_codes: list[int] = []  # of the jobs that ran in this process
@@ -67,6 +69,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code, see the head of this module.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if launch.rank() == 0:
+        return _command(argv)
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said):
+        code = _command(launch.silenced(argv))
+    if code in (BUG, MENDABLE):
+        time.sleep(PATIENCE_SECONDS)  # if the first process fails, too, torchrun ends this one now
+        _say(said.getvalue())
+    return code
+
+
+def _command(argv: list[str]) -> int:
     _exit_codes.clear()
     _sweeps.clear()
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -165,8 +179,8 @@ class _NoTerminal(io.TextIOWrapper):
 
 
 def _single_job(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> float | None:
-    """A run of its own, alone in its folder."""
-    with files.claim(run_dir / files.LOCK) as mine:
+    """A run of its own, alone in its folder; of torchrun's processes the first alone has one."""
+    with files.claim(run_dir / files.LOCK) if launch.rank() == 0 else nullcontext(True) as mine:
         if not mine:
             raise RevtrainError(
                 f"{run_dir}: another run is writing there right now; nothing of it was changed.\n"
@@ -248,7 +262,7 @@ def _record(run_dir: Path, cfg: DictConfig, overrides: list[str], status: str, e
     """Write result.json where `train` was not reached; it writes its own, and none beside an earlier run."""
     from revtrain.report import holds_run, new_result, one_line, write_result
 
-    if not run_dir.is_dir() or holds_run(run_dir):
+    if launch.rank() > 0 or not run_dir.is_dir() or holds_run(run_dir):
         return
     config = OmegaConf.to_container(cfg, resolve=False)
     described = None if error is None else explain(error) or one_line(error)
@@ -319,7 +333,8 @@ def _check_flags(argv: list[str]) -> None:
         )
 
     parser.error = refuse
-    parser.parse_args(argv)
+    if parser.parse_args(argv).multirun:
+        launch.refuse_sweep()
 
 
 def explain(error: BaseException) -> str | None:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from revtrain import launch
+
 
 class Terminated(KeyboardInterrupt):
     """The process was asked to end."""
@@ -31,13 +33,14 @@ def asked() -> bool:
 def watching() -> Iterator[None]:
     """Turn SIGTERM into `Terminated`, for as long as this lasts.
 
-    Outside of the main thread nothing is done, and within another `watching` only one thing:
+    Under torchrun, which ends all processes when one has failed, and outside of the main thread nothing is done; within
+    another `watching` only one thing:
 
     Raises:
         Terminated: SIGTERM came, and was noted only, before this was entered.
     """
     global _asked
-    outside = threading.current_thread() is not threading.main_thread()
+    outside = launch.size() > 1 or threading.current_thread() is not threading.main_thread()
     if outside or signal.getsignal(signal.SIGTERM) is _handle:
         if _asked:
             raise Terminated

@@ -62,7 +62,9 @@ def new_result(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     the values that left the range of the stream's grid since the run was started or resumed; null for plain streams.
     `peak_vram_mib` is {"allocated", "reserved"} over the training steps, null without CUDA. `memory_bytes` takes the
     peak of one training step apart.
-    `train_seconds` counts training steps only, and includes those of a run that was resumed.
+    `train_seconds` counts training steps only, and includes those of a run that was resumed. Under torchrun
+    sizes, the plan and the peak are those of the first process with its share of the batch; all else is of the whole
+    batch.
     """
     return {
         "status": "failed",
@@ -274,6 +276,21 @@ class Report:
         result["train_seconds"] = self._train_seconds
         # a clock that stood still measures nothing
         result["images_per_second"] = self._trained_images / self._train_seconds if self._train_seconds else None
+
+
+class SilentReport(Report):
+    """Collects what `Report` does and writes nothing: for the processes of a run that do not lead."""
+
+    def start(self, history: list[dict[str, Any]]) -> None:
+        for line in history:
+            self.epoch(line)
+
+    def epoch(self, line: dict[str, Any]) -> None:
+        self.lines += 1
+        self._update_result(line)
+
+    def finish(self, status: str, error: BaseException | None = None) -> None:
+        self.result["status"] = status
 
 
 def _encoded(line: dict[str, Any]) -> bytes:

@@ -23,11 +23,12 @@ from tqdm import tqdm
 from revtrain import checkpoint, preemption
 from revtrain import device as devices
 from revtrain.config import REVERSIBLE, validate
+from revtrain.distributed import ALONE, Team
 from revtrain.errors import RevtrainError
 from revtrain.fidelity import FidelityWatch, summarise_gradients
 from revtrain.files import DISK_FULL
 from revtrain.optim import learning_rate, make_optimizer
-from revtrain.report import LINE_KEYS, Report, holds_run
+from revtrain.report import LINE_KEYS, Report, SilentReport, holds_run
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,8 @@ def train(cfg: Any, run_dir: str | Path, overrides: list[str] | None = None) -> 
     Args:
         cfg: the composed configuration, from `revtrain.conf.compose` or Hydra.
         run_dir: a folder for this run alone, made if it does not exist. The command line locks it
-            (`revtrain.files.claim`); who calls this sees to that himself.
+            (`revtrain.files.claim`); who calls this sees to that himself. Of the processes that torchrun starts the
+            first alone writes.
         overrides: the command line, for the messages that tell how to continue.
 
     Returns:
@@ -90,15 +92,19 @@ def train(cfg: Any, run_dir: str | Path, overrides: list[str] | None = None) -> 
 
 
 def _train_watched(cfg: Any, run_dir: Path, overrides: list[str]) -> dict[str, Any]:
-    if holds_run(run_dir) and not _in_place(cfg, run_dir):
+    team = Team.of_environment()
+    if team.leads and holds_run(run_dir) and not _in_place(cfg, run_dir):
         raise RevtrainError(
             f"{run_dir} already holds a run; nothing of it was changed.\n"
             "Choose another folder, or leave hydra.run.dir out: each run then gets a new one."
         )
-    report = Report(run_dir, OmegaConf.to_container(cfg, resolve=True), overrides)
+    kind = Report if team.leads else SilentReport
+    report = kind(run_dir, OmegaConf.to_container(cfg, resolve=True), overrides)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        report.finish(_train(cfg, run_dir, report))
+        with team.failing_together():
+            if team.leads:
+                run_dir.mkdir(parents=True, exist_ok=True)
+            report.finish(_train(cfg, run_dir, report, team))
     except KeyboardInterrupt:
         with suppress(OSError):
             report.finish("interrupted")
@@ -110,63 +116,72 @@ def _train_watched(cfg: Any, run_dir: Path, overrides: list[str]) -> dict[str, A
         if mendable is None or mendable is error:
             raise
         raise mendable from error
+    finally:
+        team.close()
     if report.result["status"] == "completed":
         log.info("%s", report.table())
     return report.result
 
 
-def _train(cfg: Any, run_dir: Path, report: Report) -> str:
+def _train(cfg: Any, run_dir: Path, report: Report, team: Team) -> str:
     """Do what `cfg` asks for; its status."""
     from revtrain.data import load_data
     from revtrain.plan import cap_memory, make_plan
 
     validate(cfg)
-    device = devices.choose_device(cfg.device)
+    if cfg.batch != "auto":
+        team.share(cfg.batch)  # or refuse it
+    device = devices.choose_device(team.device_name(cfg.device))
     devices.check_precision(device, cfg.precision)
     if cfg.plan:
-        plan = make_plan(cfg, device)
+        plan = make_plan(team.with_share(cfg), device)
         report.planned(plan)
         report.result["device"] = devices.describe(device)
         log.info("%s", plan.table())
         return "planned"
+    team.connect(device)
     resumed = checkpoint.load(cfg.resume) if cfg.resume is not None else None
     if resumed is not None and cfg.batch == "auto":  # as it was: what fits now may be another number
         cfg = OmegaConf.merge(cfg, {"batch": resumed["config"]["batch"]})
         report.result["config"]["batch"] = cfg.batch
 
     # ---- data: uint8 on the host; one generator decides order and augmentation -------------------
-    data = load_data(cfg.data)
+    with team.first_of_machine_first():
+        data = load_data(cfg.data)
     classes, size, available = len(data.classes), data.image_size, len(data.train.labels)
     if cfg.batch != "auto" and cfg.batch > available:
         raise RevtrainError(
             f"batch={cfg.batch} was given; the training set has {available} images.\nUse batch={available} or less."
         )
     if cfg.batch == "auto" or cfg.memory_limit is not None:
-        plan = make_plan(cfg, device, classes, size, available)
+        plan = make_plan(team.with_share(cfg), device, classes, size, available // team.size)
         report.planned(plan)
+        batch = report.result["config"]["batch"] = team.least(plan.batch) * team.size
         if not plan.fits:
-            raise plan.refusal()
-        cfg = OmegaConf.merge(cfg, {"batch": plan.batch})
+            raise team.of_one_process(plan.refusal())
+        cfg = OmegaConf.merge(cfg, {"batch": batch})
         log.info("plan       batch %d needs %.1f of %.1f MiB; the largest that fits is %d",
                  plan.batch, plan.needed_bytes / devices.MIB, plan.limit_bytes / devices.MIB,
                  plan.largest_batch)  # fmt: skip
     cap_memory(cfg, device)
     generator = torch.Generator().manual_seed(cfg.seed)
     if resumed is not None:
-        for difference in checkpoint.check_compatible(
-            resumed, report.result["config"], classes, available, in_place=_in_place(cfg, run_dir)
-        ):
+        in_place = team.of_leader(_in_place(cfg, run_dir))
+        differences = checkpoint.check_compatible(resumed, report.result["config"], classes, available, in_place)
+        if resumed.get("processes", 1) != team.size:
+            differences.append(f"processes: {resumed.get('processes', 1)} in the checkpoint, {team.size} now")
+        for difference in differences:
             log.warning("resume     no longer bit-equal to an uninterrupted run: %s", difference)
     log.info("data       %s: %d + %d images, %dx%d, %d classes",
              cfg.data.name, available, len(data.test.labels), size, size, classes)  # fmt: skip
 
     try:
         with preemption.deferred():
-            _fit(cfg, run_dir, report, data, device, generator, resumed)
+            _fit(cfg, run_dir, report, data, device, generator, resumed, team)
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        raise _out_of_memory(cfg, classes, size, device) from error
+        raise _out_of_memory(cfg, classes, size, device, team) from error
     return "completed"
 
 
@@ -187,8 +202,10 @@ def _fit(
     device: torch.device,
     generator: torch.Generator,
     resumed: dict[str, Any] | None,
+    team: Team,
 ) -> None:
-    from revtrain.data import augment, draw_augmentation, normalise
+    from revtrain.data import Draws, augment, draw_augmentation, normalise
+    from revtrain.layers import unsynchronised
     from revtrain.measure import measure_step_memory, probe_gradients, probe_snr
     from revtrain.models import build_model
 
@@ -200,7 +217,8 @@ def _fit(
     # ---- model -----------------------------------------------------------------------------------
     torch.manual_seed(cfg.seed)
     model = build_model(cfg, classes=classes, image_size=size).to(device)
-    memory = measure_step_memory(cfg, classes, size, cfg.batch)
+    network = team.wrap(model)  # what a training step calls
+    memory = measure_step_memory(cfg, classes, size, team.share(cfg.batch))
     report.result.update(
         params=sum(p.numel() for p in model.parameters()),
         bytes_per_pixel=memory.bytes_per_pixel,
@@ -211,11 +229,12 @@ def _fit(
             "optimizer": memory.optimizer_bytes,
             "activations": memory.activation_bytes,
         },
-        device=devices.describe(device),
+        device={**devices.describe(device), "processes": team.size},
     )
     log.info("model      %s: %s parameters, backward=%s, %.1f bytes per pixel; %s, %s",
              cfg.arch, f"{report.result['params']:,}", cfg.backward, memory.bytes_per_pixel,
-             device, cfg.precision)  # fmt: skip
+             device if team.size == 1 else f"{team.size} processes, the first on {device}",
+             cfg.precision)  # fmt: skip
 
     # ---- optimizer: the rate is a function of the step -------------------------------------------
     optimizer = make_optimizer(model, cfg)
@@ -231,7 +250,7 @@ def _fit(
             progress = Progress.from_dict(resumed["partial"], device)
         log.info("resume     %s after epoch %d%s", cfg.resume, start,
                  f" and {progress.step} of {steps_per_epoch} steps" if progress else "")  # fmt: skip
-        if _in_place(cfg, run_dir):
+        if team.leads and _in_place(cfg, run_dir):
             checkpoint.put_in_place(resumed)
     report.start(history)
 
@@ -240,10 +259,10 @@ def _fit(
     comparing = cfg.probe.gradients
 
     def probe(epoch: int) -> dict[str, Any]:
-        if cfg.probe.every == 0 or epoch % cfg.probe.every:
+        if cfg.probe.every == 0 or epoch % cfg.probe.every or not team.leads:
             return {}
         batch = normalise(images[chosen].to(device), mean, std), labels[chosen].to(device)
-        with devices.autocast(device, cfg.precision):
+        with devices.autocast(device, cfg.precision), unsynchronised(model):
             found = {"snr_db": summarise_snr(probe_snr(model, *batch))}
             if comparing:
                 found["gradients"] = compare_gradients(batch)
@@ -260,6 +279,8 @@ def _fit(
             return None
 
     def save(epoch: int, progress: Progress | None = None) -> None:
+        if not team.leads:
+            return
         checkpoint.save(
             run_dir / checkpoint.NAME,
             {
@@ -267,6 +288,7 @@ def _fit(
                 "overrides": report.result["overrides"],
                 "classes": classes,
                 "images": len(labels),
+                "processes": team.size,
                 "epoch": epoch,
                 "partial": progress.as_dict() if progress else None,
                 "best_accuracy": best_accuracy,
@@ -286,7 +308,7 @@ def _fit(
             log.info("stopped    SIGTERM in epoch %d, after %d of %d steps", epoch, progress.step, steps_per_epoch)
         raise preemption.Terminated
 
-    overflows, fidelity = _Overflows(model, cfg), FidelityWatch(cfg)
+    overflows, fidelity = _Overflows(model, cfg, team), FidelityWatch(cfg)
     if resumed is None:
         first = _line(epoch=0, step=0, **probe(0))
         report.epoch(first)
@@ -309,6 +331,8 @@ def _fit(
             for step in range(progress.step, steps_per_epoch):
                 picked = order[step * cfg.batch : (step + 1) * cfg.batch]
                 draws = draw_augmentation(cfg.batch, size, cfg.data.augment, generator)
+                own = team.own(cfg.batch)  # all processes draw the same
+                picked, draws = picked[own], Draws(*(draw[own] for draw in draws))
                 inputs = augment(images[picked].to(device), draws, mean, std, cfg.data.augment)
                 inputs = inputs.to(devices.DTYPES[cfg.precision])  # as the first convolution would
                 targets = labels[picked].to(device)
@@ -317,7 +341,7 @@ def _fit(
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 with devices.autocast(device, cfg.precision):
-                    logits = model(inputs)
+                    logits = network(inputs)
                     loss = F.cross_entropy(logits.float(), targets, label_smoothing=cfg.label_smoothing)
                 scaler.scale(loss).backward()
                 if cfg.clip_grad_norm is not None:
@@ -327,8 +351,8 @@ def _fit(
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
 
-                losses[step] = loss.detach()
-                correct += (logits.detach().argmax(1) == targets).sum()
+                losses[step] = team.mean(loss.detach())
+                correct += team.sum((logits.detach().argmax(1) == targets).sum())
                 del inputs, logits, loss  # or they would still be there when the next step makes its own
                 bar.update(cfg.batch)
                 progress.step, progress.seconds = step + 1, clock.seconds()
@@ -347,7 +371,7 @@ def _fit(
         overflows.warn_once(epoch)
 
         # -- after the epoch: test, probe, report, checkpoint
-        loss_test, accuracy_test = evaluate(model, data.test, cfg, mean, std, device, stop_if_asked)
+        loss_test, accuracy_test = evaluate(model, data.test, cfg, mean, std, device, team, stop_if_asked)
         best_accuracy = max(best_accuracy, accuracy_test)
         trained = steps_per_epoch * cfg.batch
         line = _line(
@@ -380,25 +404,30 @@ def evaluate(
     mean: Tensor,
     std: Tensor,
     device: torch.device,
+    team: Team = ALONE,
     after_batch: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
     """Mean loss and accuracy (0..1) over a whole split (`.images`, `.labels`), unaugmented, in eval mode.
 
-    `after_batch` is called after each batch and may raise, to stop.
+    The processes of `team` take turns at the batches; all return the whole split's figures. `after_batch` is called
+    after each batch and may raise, to stop.
     """
     from revtrain.data import normalise
 
     model.eval()
     loss = torch.zeros((), dtype=torch.float64)
     correct = 0
-    for images, labels in zip(split.images.split(cfg.batch), split.labels.split(cfg.batch), strict=True):
+    share = team.share(cfg.batch)
+    batches = list(zip(split.images.split(share), split.labels.split(share), strict=True))
+    for images, labels in batches[team.rank :: team.size]:
         labels = labels.to(device)
         with devices.autocast(device, cfg.precision):
             logits = model(normalise(images.to(device), mean, std)).float()
         loss += F.cross_entropy(logits, labels, reduction="sum").cpu()
         correct += (logits.argmax(1) == labels).sum().item()
         after_batch()
-    return loss.item() / len(split.labels), correct / len(split.labels)
+    total = team.add_up({"loss": loss.item(), "correct": correct})
+    return total["loss"] / len(split.labels), total["correct"] / len(split.labels)
 
 
 def summarise_snr(layers: dict[str, float]) -> dict[str, Any] | None:
@@ -441,12 +470,12 @@ class _Overflows:
     """Values beyond the range of the stream's grid: integers went on with a wrong number in their place, floating
     point is no longer undone exactly."""
 
-    def __init__(self, model: nn.Module, cfg: Any):
+    def __init__(self, model: nn.Module, cfg: Any, team: Team):
         from revtrain.measure import stream_overflows
         from revtrain.models.parts import stream_of
 
         self.applies = any(name.endswith("overflows") for name, _ in model.named_buffers())
-        self.by_layer = lambda: stream_overflows(model)
+        self.by_layer = lambda: team.add_up(stream_overflows(model))
         self.cfg, self.warned = cfg, False
         self.consequence = (
             "The network computed with wrong values there"
@@ -528,11 +557,12 @@ def _is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def _out_of_memory(cfg: Any, classes: int, size: int, device: torch.device) -> RevtrainError:
+def _out_of_memory(cfg: Any, classes: int, size: int, device: torch.device, team: Team) -> RevtrainError:
     """Say how large a batch would fit: a step's peak grows linearly with the batch, so two sizes tell."""
     from revtrain.measure import measure_step_memory
     from revtrain.plan import limit_bytes
 
+    cfg = team.with_share(cfg)
     small = max(2, cfg.batch // 2)
     large = 2 * small
     low, high = (measure_step_memory(cfg, classes, size, batch).peak_bytes for batch in (small, large))
@@ -552,8 +582,10 @@ def _out_of_memory(cfg: Any, classes: int, size: int, device: torch.device) -> R
         advice = "No batch fits: choose a smaller width, or a smaller depth."
     if cfg.backward == "store" or cfg.arch not in REVERSIBLE:
         advice += " With backward=invert, arch=hybrid needs far less."
-    return RevtrainError(
-        f"{device} is out of memory: arch={cfg.arch} width={cfg.width} batch={cfg.batch} at {size}x{size}\n"
-        f"needs about {mib(fixed + per_image * cfg.batch)}; {mib(available)} are available of "
-        f"{mib(devices.total_memory_bytes(device))}.\n{advice}"
+    return team.of_one_process(
+        RevtrainError(
+            f"{device} is out of memory: arch={cfg.arch} width={cfg.width} batch={cfg.batch} at {size}x{size}\n"
+            f"needs about {mib(fixed + per_image * cfg.batch)}; {mib(available)} are available of "
+            f"{mib(devices.total_memory_bytes(device))}.\n{advice}"
+        )
     )

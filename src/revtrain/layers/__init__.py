@@ -10,6 +10,8 @@ PreNorm                   not in the paper   F or G = a per-sample function of B
 ChannelPooling            Eq. 29a          2x2 pixels into channels
 BatchPooling              Eq. 29c          2x2 pixels into the batch
 Readout                   (no inverse)     from the last state of a chain to the logits
+
+`synchronise_batch_norms` lets the batch norms of a model use the statistics of several processes.
 """
 
 from revtrain.layers.activation import InvertibleLeakyReLU
@@ -20,6 +22,7 @@ from revtrain.layers.coupling import AdditiveCoupling, CouplingConv2d
 from revtrain.layers.pooling import BatchPooling, ChannelPooling, check_pooling, merge_sub_images
 from revtrain.layers.prenorm import PreNorm
 from revtrain.layers.readout import Readout
+from revtrain.layers.synchronised import SynchronisedBatchNorm2d, synchronise_batch_norms, unsynchronised
 
 __all__ = [
     "Activation",
@@ -33,8 +36,11 @@ __all__ = [
     "InvertibleLeakyReLU",
     "PreNorm",
     "Readout",
+    "SynchronisedBatchNorm2d",
     "WideResidual",
     "check_pooling",
     "constrain_",
     "merge_sub_images",
+    "synchronise_batch_norms",
+    "unsynchronised",
 ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from revtrain.errors import RevtrainError
 from revtrain.invertible import Gradients, InvertibleLayer, batch_chunks
+from revtrain.layers.collective import all_sum, processes
 
 SIGNS = ("positive", "mixed", "negative")
 
@@ -38,12 +39,14 @@ class InvertibleBatchNorm2d(InvertibleLayer):
         eps: added to the variance, in squared units of x.
         momentum: share of the new batch in the running statistics.
 
-    In training mode the running statistics are updated once per forward pass and never by a recomputation.
+    In training mode the running statistics are updated once per forward pass and never by a recomputation. `group`:
+    the processes that share a batch, see `synchronise_batch_norms`.
     Raises `RevtrainError` for a negative epsilon_i or another sign.
     """
 
     is_pointwise = True
     track_running_stats = True  # False while a forward pass is computed again
+    group: Any = None
 
     def __init__(
         self, channels: int, epsilon_i: float = 0.1, eps: float = 1e-5, momentum: float = 0.1, sign: str = "positive"
@@ -76,10 +79,10 @@ class InvertibleBatchNorm2d(InvertibleLayer):
     def forward(self, x: Tensor) -> Tensor:
         # The operations of forward_, in the same order: both backward modes compute the same bits.
         if self.training:
-            mean = channel_mean(x, self.chunk_bytes)
+            mean = channel_mean(x, self.chunk_bytes, self.group)
             centred = x - mean
-            variance = channel_mean_of_squares(centred, self.chunk_bytes)
-            self._update_running_statistics(mean, variance, x.numel() // self.channels)
+            variance = channel_mean_of_squares(centred, self.chunk_bytes, self.group)
+            self._update_running_statistics(mean, variance, self._count(x))
         else:
             mean, variance = _per_channel(self.running_mean), _per_channel(self.running_var)
             centred = x - mean
@@ -92,10 +95,10 @@ class InvertibleBatchNorm2d(InvertibleLayer):
             deviation = torch.sqrt(self.running_var + self.eps)
             saved = Normalisation(_per_channel(self.running_mean.clone()), _per_channel(deviation), False)
             return self.replay_(x, saved), saved
-        mean = channel_mean(x, self.chunk_bytes)
+        mean = channel_mean(x, self.chunk_bytes, self.group)
         x.sub_(mean)
-        variance = channel_mean_of_squares(x, self.chunk_bytes)
-        self._update_running_statistics(mean, variance, x.numel() // self.channels)
+        variance = channel_mean_of_squares(x, self.chunk_bytes, self.group)
+        self._update_running_statistics(mean, variance, self._count(x))
         saved = Normalisation(mean, torch.sqrt(variance + self.eps), True)
         return self._scale_(x, saved), saved
 
@@ -111,9 +114,10 @@ class InvertibleBatchNorm2d(InvertibleLayer):
         xhat = y.sub_(bias).div_(gain)
         dbias, dgain = _sums_for_affine(xhat, dy, self.chunk_bytes)
         if saved.of_batch:  # through the mean and the variance, too
-            count = y.numel() // self.channels
+            count = self._count(y)
+            sum_dy, sum_dy_xhat = all_sum(torch.stack([dbias, dgain]), self.group)
             for sl in batch_chunks(dy, self.chunk_bytes):
-                dy[sl].sub_(xhat[sl] * (dgain / count)).sub_(dbias / count)
+                dy[sl].sub_(xhat[sl] * (sum_dy_xhat / count)).sub_(sum_dy / count)
         dy.mul_(gain / saved.deviation)
         grads.add(self.bias, dbias.flatten())
         grads.add(self.weight, dgain.flatten() * torch.sign(self.weight) * self.signs)
@@ -126,6 +130,10 @@ class InvertibleBatchNorm2d(InvertibleLayer):
     def _gain_and_bias(self, saved: Normalisation) -> tuple[Tensor, Tensor]:
         dtype = saved.mean.dtype
         return _per_channel(self.gain().detach().to(dtype)), _per_channel(self.bias.detach().to(dtype))
+
+    def _count(self, x: Tensor) -> int:
+        """Values a channel, in all processes."""
+        return x.numel() // self.channels * processes(self.group)
 
     def _update_running_statistics(self, mean: Tensor, variance: Tensor, count: int) -> None:
         if not self.track_running_stats:
@@ -140,33 +148,36 @@ def _per_channel(values: Tensor) -> Tensor:
     return values.view(1, -1, 1, 1)
 
 
-def _statistics_dtype(x: Tensor) -> torch.dtype:
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """In which sums over many values of x are taken."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def channel_mean(x: Tensor, chunk_bytes: int) -> Tensor:
-    """Mean over B, H, W of x (B, C, H, W): (1, C, 1, 1), in float32 or better, chunk by chunk."""
-    dtype = _statistics_dtype(x)
+def channel_mean(x: Tensor, chunk_bytes: int, group: Any = None) -> Tensor:
+    """Mean over B, H, W of x (B, C, H, W) and the processes of `group`: (1, C, 1, 1), in float32 or better, chunk by
+    chunk."""
+    dtype = statistics_dtype(x)
     sums = [x[sl].sum((0, 2, 3), keepdim=True, dtype=dtype) for sl in batch_chunks(x, chunk_bytes)]
-    return _combine(sums, x, dtype)
+    return _combine(sums, x, dtype, group)
 
 
-def channel_mean_of_squares(x: Tensor, chunk_bytes: int) -> Tensor:
-    """Mean of x^2 over B, H, W: (1, C, 1, 1). Of a centred x this is the biased variance."""
-    dtype = _statistics_dtype(x)
+def channel_mean_of_squares(x: Tensor, chunk_bytes: int, group: Any = None) -> Tensor:
+    """Mean of x^2 over B, H, W and `group`: (1, C, 1, 1). Of a centred x this is the biased variance."""
+    dtype = statistics_dtype(x)
     sums = [x[sl].to(dtype).square().sum((0, 2, 3), keepdim=True) for sl in batch_chunks(x, chunk_bytes)]
-    return _combine(sums, x, dtype)
+    return _combine(sums, x, dtype, group)
 
 
-def _combine(sums: list[Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
+def _combine(sums: list[Tensor], x: Tensor, dtype: torch.dtype, group: Any) -> Tensor:
     # The chunks' sums are few and small: adding them in float64 costs nothing (MPS has none).
     wide = dtype if x.device.type == "mps" else torch.float64
-    return (torch.stack(sums).to(wide).sum(0) / (x.numel() // x.shape[1])).to(dtype)
+    count = x.numel() // x.shape[1] * processes(group)
+    return (all_sum(torch.stack(sums).to(wide).sum(0), group) / count).to(dtype)
 
 
 def _sums_for_affine(xhat: Tensor, dy: Tensor, chunk_bytes: int) -> tuple[Tensor, Tensor]:
     """(sum of dy, sum of dy * xhat) over B, H, W, each (1, C, 1, 1): the gradients of bias and gain."""
-    dtype = _statistics_dtype(dy)
+    dtype = statistics_dtype(dy)
     dbias = torch.zeros(1, dy.shape[1], 1, 1, dtype=dtype, device=dy.device)
     dgain = torch.zeros_like(dbias)
     for sl in batch_chunks(dy, chunk_bytes):

@@ -16,7 +16,7 @@ layer-wise inverse, hence no layer-wise noise, and the activation may be any.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from revtrain.errors import RevtrainError
 from revtrain.invertible import Gradients, batch_chunks
 from revtrain.layers.batchnorm import channel_mean
 from revtrain.layers.branches import Branch, Residual
+from revtrain.layers.collective import all_sum, processes
 from revtrain.layers.coupling import AdditiveCoupling
 from revtrain.stream import PLAIN, Stream
 
@@ -132,6 +133,7 @@ class _HiddenChunks(Branch):
         overflows: Tensor | None = None,
     ):
         super().__init__(function, residual, chunk_bytes, overflows)
+        self.group = getattr(function.norm, "group", None)  # the processes that share the batch
         hidden = function.conv1.out_channels
         self.chunks = [slice(k, min(k + hidden_chunk, hidden)) for k in range(0, hidden, hidden_chunk)]
 
@@ -146,9 +148,9 @@ class _HiddenChunks(Branch):
         means, inverse_deviations = [], []
         for k in self.chunks:
             z = self._hidden(source, k)
-            mean, variance = _mean_and_variance(z, self.chunk_bytes)
+            mean, variance = _mean_and_variance(z, self.chunk_bytes, self.group)
             statistics = _Statistics(mean, (variance + norm.eps).rsqrt(), True)
-            self._update_running_statistics(k, mean.flatten(), variance.flatten(), z.numel() // z.shape[1])
+            self._update_running_statistics(k, mean.flatten(), variance.flatten(), _count(z, self.group))
             self._add_output(z, target, k, statistics, 1, self.overflows)
             means.append(mean)
             inverse_deviations.append(statistics.inverse_deviation)
@@ -169,6 +171,7 @@ class _HiddenChunks(Branch):
             z, du = self._undo_output(source, target, dtarget, k, statistics, dweight2)
             s1, s2 = _sums(z, du, statistics, self.chunk_bytes)
             dbeta[k], dgamma[k] = s1.flatten().to(dbeta.dtype), s2.flatten().to(dgamma.dtype)
+            s1, s2 = all_sum(torch.stack([s1, s2]), self.group)
             self._undo_hidden(source, dsource, z, du, k, statistics, s1, s2, dweight1)
             del z, du
         for parameter, gradient in (
@@ -223,7 +226,7 @@ class _HiddenChunks(Branch):
         """dz from du through the whole batch's statistics; then the gradients of conv1."""
         weight = self.function.conv1.weight[k].detach()
         gain = _per_channel(self.function.norm.weight[k].detach()) * statistics.inverse_deviation
-        count = z.numel() // z.shape[1]
+        count = _count(z, self.group)
         for sl in batch_chunks(source, self.chunk_bytes):
             dz = du[sl] * gain
             if statistics.of_batch:
@@ -263,11 +266,16 @@ def _conv_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tenso
     return dx, dweight
 
 
-def _mean_and_variance(z: Tensor, chunk_bytes: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over B, H, W, (1, k, 1, 1) each, in float32 or better, in two passes."""
-    mean = channel_mean(z, chunk_bytes)
+def _count(z: Tensor, group: Any) -> int:
+    """Values a channel, in all processes."""
+    return z.numel() // z.shape[1] * processes(group)
+
+
+def _mean_and_variance(z: Tensor, chunk_bytes: int, group: Any) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over B, H, W and `group`, (1, k, 1, 1) each, in float32 or better, in two passes."""
+    mean = channel_mean(z, chunk_bytes, group)
     squares = [(z[sl] - mean).square().sum((0, 2, 3), keepdim=True) for sl in batch_chunks(z, chunk_bytes)]
-    return mean, torch.stack(squares).sum(0) / (z.numel() // z.shape[1])
+    return mean, all_sum(torch.stack(squares).sum(0), group) / _count(z, group)
 
 
 def _sums(z: Tensor, du: Tensor, statistics: _Statistics, chunk_bytes: int) -> tuple[Tensor, Tensor]:

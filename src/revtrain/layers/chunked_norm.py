@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from revtrain.invertible import Gradients, batch_chunks
+from revtrain.layers.batchnorm import statistics_dtype
+from revtrain.layers.collective import all_sum, processes
 
 
 class Statistics(NamedTuple):
@@ -31,7 +33,8 @@ class ChunkedNorm:
     off is pointwise in x and follows in a pass of its own.
 
     Args:
-        norm: the module with weights and running statistics.
+        norm: the module with weights and running statistics; its `group`, if it has one, are the processes that
+            share the batch.
         source: (B, C, H, W), a state or a part of one.
         read: a part of the source -> its values in floating point; not written to.
         chunks: slices over the batch.
@@ -50,7 +53,8 @@ class ChunkedNorm:
     ):
         self.memory_format = memory_format
         self.norm, self.source, self.read, self.chunks = norm, source, read, list(chunks)
-        self.count = source.numel() // source.shape[1]
+        self.group = getattr(norm, "group", None)
+        self.count = source.numel() // source.shape[1] * processes(self.group)  # in all processes
         self.statistics = self._measure() if statistics is None else statistics
         self._sum_du: Tensor | None = None
         self._sum_du_x: Tensor | None = None  # of the centred x
@@ -80,8 +84,9 @@ class ChunkedNorm:
         """The second part, for all chunks; the gradients of gamma and beta."""
         mean, variance = self.statistics.mean, self.statistics.variance + self.norm.eps
         if self.statistics.of_batch:  # through the mean and the variance, too
-            slope = self._gain() * self._sum_du_x / (self.count * variance)
-            shift = self._gain() * self._sum_du / self.count - slope * mean
+            sum_du, sum_du_x = all_sum(torch.stack([self._sum_du, self._sum_du_x]), self.group)
+            slope = self._gain() * sum_du_x / (self.count * variance)
+            shift = self._gain() * sum_du / self.count - slope * mean
             for sl in self.chunks:
                 add_product_(dx[sl], self.read(self.source[sl]), _per_channel(-slope))
                 dx[sl].sub_(_per_channel(shift))
@@ -96,9 +101,9 @@ class ChunkedNorm:
         norm = self.norm
         if not norm.training:
             return Statistics(norm.running_mean.clone(), norm.running_var.clone(), False)
-        mean = _add_up([self.read(self.source[sl]).sum((0, 2, 3)) for sl in self.chunks]) / self.count
+        mean = _add_up([_sum(self.read(self.source[sl])) for sl in self.chunks], self.group) / self.count
         squares = [(self.read(self.source[sl]) - _per_channel(mean)).square_().sum((0, 2, 3)) for sl in self.chunks]
-        variance = _add_up(squares) / self.count
+        variance = _add_up(squares, self.group) / self.count
         if not norm.track_running_stats:  # a recomputation
             return Statistics(mean, variance, True)
         with torch.no_grad():
@@ -126,17 +131,25 @@ class _Normalise(torch.autograd.Function):
         chunked = ChunkedNorm(
             norm, x, lambda part: part.contiguous(), batch_chunks(x, chunk_bytes), memory_format=memory_format
         )
-        ctx.statistics, ctx.eps = chunked.statistics, norm.eps
+        ctx.statistics, ctx.eps, ctx.group = chunked.statistics, norm.eps, chunked.group
         ctx.save_for_backward(x, weight)
-        return chunked.normalised(slice(None))
+        return chunked.normalised(slice(None)).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, du: Tensor):
         (x, weight), (mean, variance, of_batch) = ctx.saved_tensors, ctx.statistics
+        inverse_deviation, is_shared = (variance + ctx.eps).rsqrt(), of_batch and ctx.group is not None
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-            du, x, weight, mean, variance, mean, (variance + ctx.eps).rsqrt(), of_batch, ctx.eps, [True, True, True]
+            du, x, weight, mean, variance, mean, inverse_deviation, of_batch and not is_shared, ctx.eps, [True] * 3
         )
+        if is_shared:  # what goes through the mean and the variance depends on the sums of all processes
+            count = x.numel() // x.shape[1] * processes(ctx.group)
+            sum_du, sum_du_xhat = all_sum(torch.stack([dbias, dweight]), ctx.group)
+            slope = weight * inverse_deviation.square() * sum_du_xhat / count
+            shift = weight * inverse_deviation * sum_du / count - slope * mean
+            add_product_(dx, x, _per_channel(-slope))
+            dx.sub_(_per_channel(shift))
         return dx, dweight, dbias, None, None
 
 
@@ -152,7 +165,11 @@ def _per_channel(values: Tensor) -> Tensor:
     return values.view(1, -1, 1, 1)
 
 
-def _add_up(parts: list[Tensor]) -> Tensor:
+def _sum(x: Tensor) -> Tensor:
+    return x.sum((0, 2, 3), dtype=statistics_dtype(x))
+
+
+def _add_up(parts: list[Tensor], group: Any) -> Tensor:
     # The chunks' sums are few and small: adding them in float64 costs nothing (MPS has none).
     wide = torch.float32 if parts[0].device.type == "mps" else torch.float64
-    return torch.stack(parts).to(wide).sum(0).to(parts[0].dtype)
+    return all_sum(torch.stack(parts).to(wide).sum(0), group).to(parts[0].dtype)

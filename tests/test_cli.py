@@ -195,7 +195,9 @@ def test_a_run_from_end_to_end(command):
         r"outputs/\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d-layerwise-[0-9a-f]{6}", str(ran.dir.relative_to(os.getcwd()))
     )
     names = {path.name.split(".")[0] if path.name.startswith("events") else path.name for path in ran.dir.iterdir()}
-    assert names == {".hydra", "train.log", "metrics.jsonl", "result.json", "last.pt", "events"}
+    assert names == {
+        ".hydra", "train.log", "metrics.jsonl", "result.json", "last.pt", "previous.pt", "events",
+    }  # fmt: skip
     assert "test accuracy" in ran.out and "minimum SNR" in ran.out and "no CUDA" in ran.out
     assert f"tensorboard --logdir {ran.dir.relative_to(os.getcwd())}" in ran.out
     assert ran.err == ""  # the progress bar is silent where nobody watches

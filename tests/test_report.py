@@ -165,7 +165,7 @@ def test_a_continued_run_starts_with_the_earlier_lines(finished, tmp_path):
     folder = tmp_path / "continued"
     folder.mkdir()
     report = Report(folder, CONFIG, [])
-    report.start(finished.history)
+    report.start(read_metrics(tmp_path))
     report.epoch(trained(3, 0.8))
     report.finish("completed")
     assert [each["epoch"] for each in read_metrics(folder)] == [0, 1, 2, 3]

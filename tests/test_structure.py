@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "errors": set(),
     "files": set(),
+    "preemption": {"launch"},
     "config": {"errors"},
     "invertible": BASE,
     "stream": BASE | {"invertible"},
@@ -43,9 +44,9 @@ MAY_IMPORT = {
     "inference": BASE | {"checkpoint", "data", "device", "models", "reporting"},
     "train": BASE
     | {"data", "layers", "models", "measure", "report", "checkpoint", "optim", "device", "plan"}
-    | {"distributed", "fidelity"},
+    | {"distributed", "fidelity", "preemption"},
     "sweeps": BASE | {"report", "checkpoint"},
-    "cli": BASE | {"train", "report", "checkpoint", "sweeps", "conf", "launch", "__init__"},
+    "cli": BASE | {"preemption", "train", "report", "checkpoint", "sweeps", "conf", "launch", "__init__"},
 }
 
 

@@ -7,6 +7,7 @@ when something is, and turns the end of the run into an exit code:
     1    a bug in revtrain, or a sweep in which a job did not complete
     2    something the user can mend
     130  Ctrl-C
+    143  SIGTERM
 
 torch is imported inside the task, so that --help, shell completion and refusals answer at once.
 """
@@ -39,7 +40,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from revtrain import __version__, launch, sweeps
+from revtrain import __version__, files, launch, preemption, sweeps
 from revtrain.conf import constant_keys
 from revtrain.config import did_you_mean, expected, schema, validate
 from revtrain.errors import RevtrainError
@@ -50,7 +51,7 @@ log = logging.getLogger(__name__)
 file_log = logging.getLogger("revtrain.errors")  # train.log alone
 
 GROUPS = ("arch", "data", "experiment")
-COMPLETED, BUG, MENDABLE, INTERRUPTED = 0, 1, 2, 130
+COMPLETED, BUG, MENDABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 PATIENCE_SECONDS = 5.0  # that the first process gets to report an error before another does
 PARENT = "REVTRAIN_SWEEP_PID"  # of the process that runs the sweep, for its workers
 
@@ -88,12 +89,13 @@ def _command(argv: list[str]) -> int:
             print(f"revtrain {__version__} (Hydra {hydra.__version__})")
             return COMPLETED
         _check_flags(argv)
-        with _raising_hydra(argv):
+        with _raising_hydra(argv), preemption.watching():
             _run()
-    except KeyboardInterrupt:
-        _say("Interrupted.")
+    except KeyboardInterrupt as end:
+        terminated = isinstance(end, preemption.Terminated)
+        _say("Ended by SIGTERM." if terminated else "Interrupted.")
         _list_sweeps(wait=False)
-        return INTERRUPTED
+        return TERMINATED if terminated else INTERRUPTED
     except SystemExit as end:  # Hydra's --help and the like
         return end.code if isinstance(end.code, int) else COMPLETED
     except Exception as error:
@@ -130,7 +132,7 @@ def _run(cfg: DictConfig) -> float | None:
     run_dir = Path(context.runtime.output_dir)
     overrides = OmegaConf.to_container(context.overrides.task, resolve=False)
     if context.mode != RunMode.MULTIRUN:
-        return _job(cfg, run_dir, overrides)
+        return _single_job(cfg, run_dir, overrides)
     done = sweeps.ended(run_dir)
     if done:
         log.info("sweep      skipped, complete since an earlier start: %s", run_dir)
@@ -176,9 +178,20 @@ class _NoTerminal(io.TextIOWrapper):
         return False
 
 
+def _single_job(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> float | None:
+    """A run of its own, alone in its folder; of torchrun's processes the first alone has one."""
+    with files.claim(run_dir / files.LOCK) if launch.rank() == 0 else nullcontext(True) as mine:
+        if not mine:
+            raise RevtrainError(
+                f"{run_dir}: another run is writing there right now; nothing of it was changed.\n"
+                "Choose another folder, or leave hydra.run.dir out: each run then gets a new one."
+            )
+        return _job(cfg, run_dir, overrides)
+
+
 def _sweep_job(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> float | None:
     """A job of a sweep, alone in its folder, from where an earlier start of the sweep left it."""
-    with sweeps.claim(run_dir / sweeps.LOCK, sweeps.PATIENCE_SECONDS) as mine:
+    with files.claim(run_dir / files.LOCK, sweeps.PATIENCE_SECONDS) as mine:
         if not mine:
             log.info("sweep      left to the process that runs it: %s", run_dir)
             return None
@@ -202,10 +215,11 @@ def _job(cfg: DictConfig, run_dir: Path, overrides: list[str], sweep_dir: Path |
         with sweeps.gpu_for_job(cfg.device, sweep_dir) if sweep_dir else nullcontext(cfg.device) as device:
             cfg.device = device
             result = train(cfg, run_dir, overrides)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as end:
         _record(run_dir, cfg, overrides, "interrupted")
         if sweep_dir is None:
-            _say(_how_to_continue(run_dir, overrides))
+            kept = "step" if isinstance(end, preemption.Terminated) else "epoch"
+            _say(_how_to_continue(run_dir, overrides, kept))
         raise
     except Exception as error:
         _record(run_dir, cfg, overrides, "failed", error)
@@ -248,7 +262,7 @@ def _record(run_dir: Path, cfg: DictConfig, overrides: list[str], status: str, e
     """Write result.json where `train` was not reached; it writes its own, and none beside an earlier run."""
     from revtrain.report import holds_run, new_result, one_line, write_result
 
-    if launch.rank() > 0 or holds_run(run_dir):
+    if launch.rank() > 0 or not run_dir.is_dir() or holds_run(run_dir):
         return
     config = OmegaConf.to_container(cfg, resolve=False)
     described = None if error is None else explain(error) or one_line(error)
@@ -256,13 +270,13 @@ def _record(run_dir: Path, cfg: DictConfig, overrides: list[str], status: str, e
         write_result(run_dir, {**new_result(config, overrides), "status": status, "error": described})
 
 
-def _how_to_continue(run_dir: Path, overrides: list[str]) -> str:
+def _how_to_continue(run_dir: Path, overrides: list[str], kept: str) -> str:
     if not (run_dir / "last.pt").exists():
         return f"Stopped before training; nothing to continue from in {run_dir}."
     from revtrain.checkpoint import command
 
     return (
-        f"Stopped. The last completed epoch is in {run_dir / 'last.pt'}; continue with:\n{command(overrides, run_dir)}"
+        f"Stopped. The last completed {kept} is in {run_dir / 'last.pt'}; continue with:\n{command(overrides, run_dir)}"
     )
 
 

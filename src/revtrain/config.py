@@ -27,6 +27,7 @@ NORM_SIGNS = ("positive", "mixed", "negative")  # of the invertible BNs
 NORMS = ("input", "hidden")  # of arch=chunked
 STREAMS = ("auto", "plain", "float32", "int32", "int16")
 POOLINGS = ("channel", "batch", "stride")
+LARGEST_SEED = 2**63 - 1  # of torch's generators
 MEMORY_UNITS = {"b": 1} | {
     f"{letter}{i}b": base**power
     for power, letter in enumerate("kmgt", start=1)
@@ -188,7 +189,7 @@ def validate(cfg: Any) -> None:
         RevtrainError: names the key, the value given and the values expected.
     """
     _choice("arch", cfg.arch, ARCHITECTURES)
-    _at_least("depth", cfg.depth, 1, "depth counts the units of the trunk; each arch has its own default")
+    _at_least("depth", cfg.depth, 1, "depth counts the units of the trunk; each arch has its own default", most=10_000)
     _at_least("width", cfg.width, 1, "width is the number of channels at full resolution")
     if cfg.arch in REVERSIBLE and cfg.width % 2:
         raise RevtrainError(
@@ -233,7 +234,7 @@ def validate(cfg: Any) -> None:
         )
     if cfg.memory_limit is not None:
         parse_memory(cfg.memory_limit)
-    _at_least("seed", cfg.seed, 0)
+    _at_least("seed", cfg.seed, 0, most=LARGEST_SEED)
     if cfg.resume is not None and not Path(cfg.resume).exists():
         raise RevtrainError(
             f"resume={cfg.resume} was given; there is no such file or run directory.\n"
@@ -261,7 +262,7 @@ def _validate_data(data: Any) -> None:
         ("seed", 0),
     ):
         if data[name] is not None:
-            _at_least(f"data.{name}", data[name], least)
+            _at_least(f"data.{name}", data[name], least, most=LARGEST_SEED if name == "seed" else 2**31 - 1)
     _at_least("data.augment.pad", data.augment.pad, 0, "0 means: no crop")
     _at_least("data.augment.cutout", data.augment.cutout, 0, "0 means: no cutout")
 
@@ -274,7 +275,9 @@ def _choice(key: str, value: str, choices: tuple[str, ...], remark: str = "") ->
         )
 
 
-def _at_least(key: str, value: int | None, least: int, remark: str = "") -> None:
+def _at_least(key: str, value: int | None, least: int, remark: str = "", most: int = 2**31 - 1) -> None:
+    if value is not None and value > most:
+        raise RevtrainError(f"{key}={value} was given; expected a whole number of at most {most}.\nUse a smaller one.")
     if value is None or value < least:
         given = "null" if value is None else value
         raise RevtrainError(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -58,10 +59,10 @@ LAYOUT = {
 def new_result(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """result.json as it is before anything was measured. Units are in the names; accuracies are 0..1.
 
-    `status` is completed, failed, interrupted (Ctrl-C), planned (`plan=true`: nothing was trained), or running, which
-    is also what a killed run leaves behind. `plan` is
-    what `revtrain.plan.Plan` lists, sizes in bytes, where `plan`, `memory_limit` or `batch=auto` asked for it;
-    `config` then holds the number of images that `batch=auto` came to. `snr_db` is {"minimum", "minimum_layer",
+    `status` is completed, failed, interrupted (Ctrl-C or SIGTERM), planned (`plan=true`: nothing was trained), or
+    running, which is also what a killed run leaves behind. `plan` is what `revtrain.plan.Plan` lists, sizes in bytes,
+    where `plan`, `memory_limit` or `batch=auto` asked for it; `config` then holds the number of images that
+    `batch=auto` came to. `snr_db` is {"minimum", "minimum_layer",
     "layers"} of the last probe, null in store mode. `gradients` is what `revtrain.fidelity.summarise_gradients` returns
     for it, and `gradients_trusted` whether every one pointed the right way at every probe. `stream_overflows` counts
     the values that left the range of the stream's grid since the run was started or resumed; null for plain streams.
@@ -142,7 +143,8 @@ class Report:
     def __init__(self, run_dir: Path, config: dict[str, Any], overrides: list[str]):
         self.run_dir = Path(run_dir)
         self.result = new_result(config, overrides)
-        self.history: list[dict[str, Any]] = []
+        self.lines = 0  # in metrics.jsonl
+        self._trained_images, self._train_seconds = 0, 0.0
         self._writer = None
 
     def planned(self, plan: Any) -> None:
@@ -199,13 +201,15 @@ class Report:
         """
         with open(self.run_dir / "metrics.jsonl", "ab") as file:
             file.write(_encoded(line))
+            file.flush()
+            os.fsync(file.fileno())  # the next checkpoint counts on it
         self._take(line)
 
     def _take(self, line: dict[str, Any]) -> None:
         """Take a line into the result and the dashboard."""
         line = _finite(line)
-        self.history.append(line)
-        self._update_result()
+        self.lines += 1
+        self._update_result(line)
 
         snr = line["snr_db"] or {"minimum": None, "layers": {}}
         gradients = line.get("gradients") or {"minimum_cosine": None, "maximum_relative_error": None}
@@ -237,11 +241,13 @@ class Report:
         """Write result.json and close the files."""
         self.result["status"] = status
         self.result["error"] = None if error is None else one_line(error)
-        write_result(self.run_dir, self.result)
-        if self._writer is not None:
-            if status == "completed":
-                self._writer.file_writer.add_summary(self._session_end)
-            self._writer.close()
+        try:
+            write_result(self.run_dir, self.result)
+        finally:
+            if self._writer is not None:
+                if status == "completed":
+                    self._writer.file_writer.add_summary(self._session_end)
+                self._writer.close()
 
     def table(self) -> str:
         """The last word on the terminal."""
@@ -255,7 +261,7 @@ class Report:
             "gradients": _gradients(result),
             "memory": f"{result['bytes_per_pixel']:.1f} bytes per pixel, weights and their gradients apart",
             "peak VRAM": "no CUDA",
-            "speed": f"{result['images_per_second']:,.0f} images/s, {result['train_seconds']:,.0f} s in all",
+            "speed": f"{_rate(result['images_per_second'])}, {result['train_seconds']:,.0f} s in all",
             "run": folder,
             "dashboard": f"tensorboard --logdir {folder}",
         }
@@ -274,25 +280,28 @@ class Report:
     def _figure(self, tag: str, figure: Any, epoch: int) -> None:
         self._writer.add_image(tag, figures.pixels(figure), epoch, dataformats="HWC")
 
-    def _update_result(self) -> None:
-        trained = [line for line in self.history if line["train_seconds"] is not None]
-        probed = [line["snr_db"] for line in self.history if line["snr_db"]]
-        compared = [line for line in self.history if line.get("gradients")]
-        peaks = [line["peak_vram_mib"] for line in self.history if line["peak_vram_mib"]]
-        accuracies = [line["accuracy_test"] for line in trained if line["accuracy_test"] is not None]
-        seconds = sum(line["train_seconds"] for line in trained)
-        self.result.update(
-            epochs=self.history[-1]["epoch"],
-            test_accuracy=accuracies[-1] if accuracies else None,
-            best_test_accuracy=max(accuracies, default=None),
-            train_seconds=seconds if trained else None,
-            images_per_second=sum(line["train_images"] for line in trained) / seconds if seconds else None,
-            snr_db=probed[-1] if probed else None,
-            gradients=compared[-1]["gradients"] if compared else None,
-            gradients_trusted=all(trusted(each) for each in compared) if compared else None,
-            stream_overflows=self.history[-1].get("stream_overflows"),
-            peak_vram_mib={key: max(peak[key] for peak in peaks) for key in peaks[0]} if peaks else None,
-        )
+    def _update_result(self, line: dict[str, Any]) -> None:
+        """Take a line into the sums and maxima; the lines themselves are not kept, a run may have very many."""
+        result = self.result
+        result.update(epochs=line["epoch"], stream_overflows=line.get("stream_overflows"))
+        if line["snr_db"]:
+            result["snr_db"] = line["snr_db"]
+        if compared := line.get("gradients"):
+            result["gradients"] = compared
+            result["gradients_trusted"] = trusted(line) and result["gradients_trusted"] is not False
+        if peak := line["peak_vram_mib"]:
+            before = result["peak_vram_mib"] or peak
+            result["peak_vram_mib"] = {key: max(before[key], peak[key]) for key in peak}
+        if line["train_seconds"] is None:
+            return
+        if (accuracy := line["accuracy_test"]) is not None:
+            result["test_accuracy"] = accuracy
+            result["best_test_accuracy"] = max(accuracy, result["best_test_accuracy"] or 0.0)
+        self._trained_images += line["train_images"]
+        self._train_seconds += line["train_seconds"]
+        result["train_seconds"] = self._train_seconds
+        # a clock that stood still measures nothing
+        result["images_per_second"] = self._trained_images / self._train_seconds if self._train_seconds else None
 
 
 class SilentReport(Report):
@@ -303,8 +312,8 @@ class SilentReport(Report):
             self.epoch(line)
 
     def epoch(self, line: dict[str, Any]) -> None:
-        self.history.append(line)
-        self._update_result()
+        self.lines += 1
+        self._update_result(line)
 
     def finish(self, status: str, error: BaseException | None = None) -> None:
         self.result["status"] = status
@@ -330,6 +339,10 @@ def _snr(snr: dict[str, Any] | None) -> str:
     if snr["minimum"] >= EXACT_DB:
         return "exact: every layer's input was rebuilt to the last bit"
     return f"{snr['minimum']:.1f} dB at {snr['minimum_layer']}"
+
+
+def _rate(images_per_second: float | None) -> str:
+    return "not measured" if images_per_second is None else f"{images_per_second:,.0f} images/s"
 
 
 def _gradients(result: dict[str, Any]) -> str:

@@ -27,10 +27,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from revtrain.config import flatten
 from revtrain.errors import RevtrainError
+from revtrain.files import LOCK, claim
 from revtrain.report import new_result, write_result
 
 log = logging.getLogger(__name__)
@@ -38,7 +37,6 @@ log = logging.getLogger(__name__)
 # no figure of a run depends on them; data.root is where the archive lies, but for data=imagefolder it is the data
 NEUTRAL = ("resume", "experiment", "device", "data.root", "data.url", "data.cache")
 ENDED = ("completed", "planned")
-LOCK = ".lock"
 GPUS = ".gpus"
 KEPT = (".hydra", "train.log", LOCK)  # when a job is repeated
 PATIENCE_SECONDS = 10  # what a killed process may need to be gone
@@ -78,24 +76,6 @@ def job_folder(sweep_dir: Path, name: str, mark: str) -> str:
 
 
 # ---- one job -------------------------------------------------------------------------------------
-
-
-@contextmanager
-def claim(path: Path, patience_seconds: float = 0) -> Iterator[bool]:
-    """Hold a lock file; False where another process holds it, also after `patience_seconds` (negative: for ever).
-
-    On a network file system this needs `flock`, which NFS has since version 3 and Lustre with `-o flock`.
-    """
-    lock = FileLock(path, timeout=patience_seconds)
-    try:
-        lock.acquire()
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
 
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:
@@ -263,6 +243,6 @@ def outcome(result: dict[str, Any]) -> str:
     if status == "running":
         return f"cut off: {error or 'its process was ended; see its train.log'}"
     if status != "completed":
-        return f"{status}: {error or 'Ctrl-C'}"
+        return f"{status}: {error or 'Ctrl-C or SIGTERM'}"
     snr = f", minimum SNR {result['snr_db']['minimum']:.1f} dB" if result["snr_db"] else ""
     return f"{100 * result['test_accuracy']:.2f} %{snr}, {result['bytes_per_pixel']:.1f} bytes per pixel"

@@ -5,9 +5,12 @@ B images of a batch, H = W pixels a side. `train` guards, `_train` does the work
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from revtrain import checkpoint
+from revtrain import checkpoint, preemption
 from revtrain import device as devices
 from revtrain.config import REVERSIBLE, validate
 from revtrain.distributed import ALONE, Team
@@ -32,13 +35,46 @@ log = logging.getLogger(__name__)
 CHECK_EVERY = 20  # steps between two looks at the losses: each look waits for the GPU
 
 
+@dataclass
+class Progress:
+    """How far an epoch has come: what a run that is ended within it needs to go on to the same numbers."""
+
+    order: Tensor  # (N,) int64: the order of the training images in this epoch
+    losses: Tensor  # (steps of an epoch,): the losses of the first `step` steps, then zeros
+    correct: Tensor  # () int64: training images classified correctly
+    step: int = 0  # steps done
+    seconds: float = 0.0  # that they took
+
+    @classmethod
+    def begin(cls, images: int, steps: int, generator: torch.Generator, device: torch.device) -> Progress:
+        return cls(
+            order=torch.randperm(images, generator=generator),
+            losses=torch.zeros(steps, device=device),
+            correct=torch.zeros((), dtype=torch.int64, device=device),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any], device: torch.device) -> Progress:
+        try:
+            return cls(**saved | {key: saved[key].to(device) for key in ("losses", "correct")})
+        except (TypeError, KeyError, AttributeError) as error:
+            raise RevtrainError(
+                f"resume: what the checkpoint says of the epoch under way is incomplete ({error}).\n"
+                "Begin at the end of the last complete epoch: the previous.pt beside it."
+            ) from error
+
+
 def train(cfg: Any, run_dir: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
     """Train the network that `cfg` describes and write everything into `run_dir`.
 
     Args:
         cfg: the composed configuration, from `revtrain.conf.compose` or Hydra.
-        run_dir: a folder for this run alone; made if it does not exist. Of the processes that torchrun starts the first
-            alone writes.
+        run_dir: a folder for this run alone, made if it does not exist. The command line locks it
+            (`revtrain.files.claim`); who calls this sees to that himself. Of the processes that torchrun starts the
+            first alone writes.
         overrides: the command line, for the messages that tell how to continue.
 
     Returns:
@@ -49,8 +85,13 @@ def train(cfg: Any, run_dir: str | Path, overrides: list[str] | None = None) -> 
             full, or the loss is no longer finite; or `run_dir` holds a run already, and not the one to resume.
         KeyboardInterrupt: Ctrl-C.
         In both cases result.json says so and last.pt holds the last completed epoch, epoch 0 being the start.
+        revtrain.preemption.Terminated: SIGTERM; last.pt holds the last completed step, also within an epoch.
     """
-    run_dir = Path(run_dir)
+    with preemption.watching():
+        return _train_watched(cfg, Path(run_dir).absolute(), list(overrides or ()))
+
+
+def _train_watched(cfg: Any, run_dir: Path, overrides: list[str]) -> dict[str, Any]:
     team = Team.of_environment()
     if team.leads and holds_run(run_dir) and not _in_place(cfg, run_dir):
         raise RevtrainError(
@@ -58,14 +99,15 @@ def train(cfg: Any, run_dir: str | Path, overrides: list[str] | None = None) -> 
             "Choose another folder, or leave hydra.run.dir out: each run then gets a new one."
         )
     kind = Report if team.leads else SilentReport
-    report = kind(run_dir, OmegaConf.to_container(cfg, resolve=True), list(overrides or ()))
+    report = kind(run_dir, OmegaConf.to_container(cfg, resolve=True), overrides)
     try:
         with team.failing_together():
             if team.leads:
                 run_dir.mkdir(parents=True, exist_ok=True)
             report.finish(_train(cfg, run_dir, report, team))
     except KeyboardInterrupt:
-        report.finish("interrupted")
+        with suppress(OSError):
+            report.finish("interrupted")
         raise
     except Exception as error:
         mendable = _explain(error, run_dir, report.result["overrides"])
@@ -125,7 +167,7 @@ def _train(cfg: Any, run_dir: Path, report: Report, team: Team) -> str:
     generator = torch.Generator().manual_seed(cfg.seed)
     if resumed is not None:
         in_place = team.of_leader(_in_place(cfg, run_dir))
-        differences = checkpoint.check_compatible(resumed, report.result["config"], classes, in_place)
+        differences = checkpoint.check_compatible(resumed, report.result["config"], classes, available, in_place)
         if resumed.get("processes", 1) != team.size:
             differences.append(f"processes: {resumed.get('processes', 1)} in the checkpoint, {team.size} now")
         for difference in differences:
@@ -134,7 +176,8 @@ def _train(cfg: Any, run_dir: Path, report: Report, team: Team) -> str:
              cfg.data.name, available, len(data.test.labels), size, size, classes)  # fmt: skip
 
     try:
-        _fit(cfg, run_dir, report, data, device, generator, resumed, team)
+        with preemption.deferred():
+            _fit(cfg, run_dir, report, data, device, generator, resumed, team)
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -147,7 +190,8 @@ def _in_place(cfg: Any, run_dir: Path) -> bool:
     if cfg.resume is None:
         return False
     resumed = Path(cfg.resume)
-    return (resumed.parent if resumed.name == checkpoint.NAME else resumed).resolve() == run_dir.resolve()
+    named = resumed.name in (checkpoint.NAME, checkpoint.PREVIOUS)
+    return (resumed.parent if named else resumed).resolve() == run_dir.resolve()
 
 
 def _fit(
@@ -198,11 +242,16 @@ def _fit(
     rate = learning_rate(cfg, cfg.epochs * steps_per_epoch)
 
     # ---- resume: weights, momentum, random states ------------------------------------------------
-    start, best_accuracy, history = 0, 0.0, []
+    start, best_accuracy, history, progress = 0, 0.0, [], None
     if resumed is not None:
         start, best_accuracy, history = resumed["epoch"], resumed["best_accuracy"], resumed["history"]
         checkpoint.restore(resumed, model, optimizer, scaler, generator, device)
-        log.info("resume     %s after epoch %d", cfg.resume, start)
+        if resumed["partial"] is not None:
+            progress = Progress.from_dict(resumed["partial"], device)
+        log.info("resume     %s after epoch %d%s", cfg.resume, start,
+                 f" and {progress.step} of {steps_per_epoch} steps" if progress else "")  # fmt: skip
+        if team.leads and _in_place(cfg, run_dir):
+            checkpoint.put_in_place(resumed)
     report.start(history, memory.timeline)
 
     # ---- probe: SNR of reconstructed activations, and gradients, on one fixed, unaugmented batch -
@@ -229,7 +278,7 @@ def _fit(
                         "           compared from here on. Try a smaller probe.batch.", len(batch[1]))  # fmt: skip
             return None
 
-    def save(epoch: int) -> None:
+    def save(epoch: int, progress: Progress | None = None) -> None:
         if not team.leads:
             return
         checkpoint.save(
@@ -244,33 +293,48 @@ def _fit(
                     "mean": data.mean.tolist(),
                     "std": data.std.tolist(),
                 },
+                "images": len(labels),
                 "processes": team.size,
                 "epoch": epoch,
+                "partial": progress.as_dict() if progress else None,
                 "best_accuracy": best_accuracy,
-                "history": report.history,
+                "lines": report.lines,
                 **checkpoint.capture(model, optimizer, scaler, generator, device),
             },
         )
 
+    def stop_if_asked() -> None:
+        """After SIGTERM, save the epoch under way and end; no step is lost."""
+        if not preemption.asked():
+            return
+        if progress is not None:
+            _check_finite(progress.losses[: progress.step], epoch, cfg)
+            _check_weights(model, epoch, cfg)
+            save(epoch - 1, progress)
+            log.info("stopped    SIGTERM in epoch %d, after %d of %d steps", epoch, progress.step, steps_per_epoch)
+        raise preemption.Terminated
+
     overflows, fidelity = _Overflows(model, cfg, team), FidelityWatch(cfg)
-    if not history:
+    if resumed is None:
         first = _line(epoch=0, step=0, **probe(0))
         report.epoch(first)
         fidelity.look(first)
-    save(start)  # also the first epoch can be interrupted
+    save(start, progress)  # also the first epoch can be interrupted
 
     # ---- the loop --------------------------------------------------------------------------------
     for epoch in range(start + 1, cfg.epochs + 1):
+        stop_if_asked()
         model.train()
         devices.reset_peak(device)
-        losses = torch.zeros(steps_per_epoch, device=device)
-        correct = torch.zeros((), dtype=torch.int64, device=device)
-        order = torch.randperm(len(labels), generator=generator)
+        if progress is None:
+            progress = Progress.begin(len(labels), steps_per_epoch, generator, device)
+        order, losses, correct = progress.order, progress.losses, progress.correct
         bar = tqdm(total=steps_per_epoch * cfg.batch, desc=f"epoch {epoch}/{cfg.epochs}", unit=" images",
                    disable=None, leave=False)  # fmt: skip
-        started = time.perf_counter()
+        bar.update(progress.step * cfg.batch)
+        clock = _Clock(progress.seconds)
         with bar:
-            for step in range(steps_per_epoch):
+            for step in range(progress.step, steps_per_epoch):
                 picked = order[step * cfg.batch : (step + 1) * cfg.batch]
                 draws = draw_augmentation(cfg.batch, size, cfg.data.augment, generator)
                 own = team.own(cfg.batch)  # all processes draw the same
@@ -297,6 +361,8 @@ def _fit(
                 correct += team.sum((logits.detach().argmax(1) == targets).sum())
                 del inputs, logits, loss  # or they would still be there when the next step makes its own
                 bar.update(cfg.batch)
+                progress.step, progress.seconds = step + 1, clock.seconds()
+                stop_if_asked()
                 if (step + 1) % CHECK_EVERY == 0:
                     _check_finite(losses[: step + 1], epoch, cfg)
                     if not bar.disable:
@@ -304,44 +370,53 @@ def _fit(
                         bar.set_postfix(loss=f"{losses[: step + 1].mean().item():.3f}",
                                         accuracy=f"{correct.item() / done:.3f}")  # fmt: skip
             devices.synchronize(device)
-        seconds = time.perf_counter() - started
+        seconds = progress.seconds = clock.seconds()
         peak = devices.peak_vram_mib(device)
         _check_finite(losses, epoch, cfg)
         _check_weights(model, epoch, cfg)
         overflows.warn_once(epoch)
 
         # -- after the epoch: test, probe, report, checkpoint
-        loss_test, accuracy_test = evaluate(model, data.test, cfg, mean, std, device, team)
+        loss_test, accuracy_test = evaluate(model, data.test, cfg, mean, std, device, team, stop_if_asked)
         best_accuracy = max(best_accuracy, accuracy_test)
         trained = steps_per_epoch * cfg.batch
         line = _line(
             epoch=epoch,
             step=epoch * steps_per_epoch,
-            lr=lr,
+            lr=rate(epoch * steps_per_epoch - 1),
             loss_train=losses.mean().item(),
             loss_test=loss_test,
             accuracy_train=correct.item() / trained,
             accuracy_test=accuracy_test,
             train_images=trained,
             train_seconds=seconds,
-            images_per_second=trained / seconds,
+            images_per_second=trained / seconds if seconds else None,
             **probe(epoch),
             stream_overflows=overflows.count() if overflows.applies else None,
             peak_vram_mib=peak,
         )
         report.epoch(line)
         fidelity.look(line)
+        progress = None
         save(epoch)
         log.info("%s", _summary(line, cfg.epochs))
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, split: Any, cfg: Any, mean: Tensor, std: Tensor, device: torch.device, team: Team = ALONE
+    model: nn.Module,
+    split: Any,
+    cfg: Any,
+    mean: Tensor,
+    std: Tensor,
+    device: torch.device,
+    team: Team = ALONE,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
     """Mean loss and accuracy (0..1) over a whole split (`.images`, `.labels`), unaugmented, in eval mode.
 
-    The processes of `team` take turns at the batches; all return the whole split's figures.
+    The processes of `team` take turns at the batches; all return the whole split's figures. `after_batch` is called
+    after each batch and may raise, to stop.
     """
     from revtrain.data import normalise
 
@@ -356,6 +431,7 @@ def evaluate(
             logits = model(normalise(images.to(device), mean, std)).float()
         loss += F.cross_entropy(logits, labels, reduction="sum").cpu()
         correct += (logits.argmax(1) == labels).sum().item()
+        after_batch()
     total = team.add_up({"loss": loss.item(), "correct": correct})
     return total["loss"] / len(split.labels), total["correct"] / len(split.labels)
 
@@ -379,8 +455,18 @@ def _summary(line: dict[str, Any], epochs: int) -> str:
         f"epoch {line['epoch']:>{len(str(epochs))}}/{epochs}"
         f"  loss {line['loss_train']:.3f} train {line['loss_test']:.3f} test"
         f"  accuracy {100 * line['accuracy_train']:.2f} % train {100 * line['accuracy_test']:.2f} % test"
-        f"{snr}  {line['images_per_second']:,.0f} images/s"
+        f"{snr}" + (f"  {line['images_per_second']:,.0f} images/s" if line["images_per_second"] else "")
     )
+
+
+class _Clock:
+    """Seconds since it was made, from a given number on; never fewer than that, whatever the clock does."""
+
+    def __init__(self, seconds: float):
+        self.before, self.started = seconds, time.perf_counter()
+
+    def seconds(self) -> float:
+        return self.before + max(0.0, time.perf_counter() - self.started)
 
 
 # ---- warnings and errors -------------------------------------------------------------------------
@@ -455,8 +541,13 @@ def _explain(error: Exception, run_dir: Path, overrides: list[str]) -> RevtrainE
             f"{checkpoint.command(overrides, run_dir)}"
         )
     if isinstance(error, OSError) and error.filename:
-        at = Path(error.filename)
+        at = Path(error.filename).absolute()
         if at == run_dir or at in run_dir.parents or run_dir in at.parents:
+            if error.errno == errno.ENOENT and not run_dir.exists():
+                return RevtrainError(
+                    f"{run_dir} was deleted while the run was writing to it; what it held is gone.\n"
+                    "Run the same command again."
+                )
             return RevtrainError(
                 f"{error.filename}: {error.strerror}. The run's files go to {run_dir}.\n"
                 "Choose another folder with hydra.run.dir=FOLDER, or give yourself the right to write there."

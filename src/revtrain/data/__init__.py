@@ -114,6 +114,25 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), variance.sqrt().clamp(min=1 / 255).float()
 
 
+def check_room(count: int, side: int, what: str) -> None:
+    """Refuse images that would not fit into the memory of this machine.
+
+    Args:
+        count: of images, 3 bytes a pixel.
+        side: of the square images, in pixels.
+        what: where they come from.
+
+    Raises:
+        RevtrainError: they need more than there is.
+    """
+    needed, there = count * 3 * side * side, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise RevtrainError(
+            f"{count} images of {side}x{side} pixels ({what}) need {needed / 2**30:,.1f} GiB; this machine has "
+            f"{there / 2**30:,.1f} GiB.\nUse smaller ones, as in data.image_size=32, or fewer."
+        )
+
+
 def user_cache() -> Path:
     """The folder for downloads and decoded images: $XDG_CACHE_HOME/revtrain, else ~/.cache/revtrain."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "revtrain"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import stat
 import tempfile
 import warnings
 import zipfile
@@ -22,7 +23,7 @@ from PIL import Image, ImageOps
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from revtrain.data import Split, user_cache
+from revtrain.data import Split, check_room, user_cache
 from revtrain.errors import RevtrainError
 
 CACHE_FORMAT = 1  # part of the hash: raise it when decoding changes
@@ -158,6 +159,7 @@ def _decode_all(train: ImageFolder, test: ImageFolder, image_size: int | None) -
 
 
 def _decode(source: ImageFolder, side: int, resize: bool, pool: ThreadPoolExecutor) -> np.ndarray:
+    check_room(len(source), side, source.root)
     images = np.empty((len(source), 3, side, side), np.uint8)
 
     def decode(index: int) -> None:
@@ -223,7 +225,12 @@ def _wrong_size(path: str, width: int, height: int, expected: str) -> RevtrainEr
 def _fingerprint(root: Path, train: ImageFolder, test: ImageFolder, image_size: int | None) -> str:
     digest = hashlib.sha256(f"{CACHE_FORMAT} {image_size}\n".encode())
     for path, _ in train.samples + test.samples:
-        status = os.stat(path)
+        try:
+            status = os.stat(path)
+        except OSError as error:  # a link to nothing, or to itself
+            raise _unreadable(path, error) from error
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+            raise RevtrainError(f"{path} is not an image, but a pipe or a device.\nRemove it.")
         digest.update(f"{os.path.relpath(path, root)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:32]
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from revtrain.data import Split
+from revtrain.data import Split, check_room
 from revtrain.errors import RevtrainError
 
 IMAGE_SIZE = 32
@@ -107,6 +107,7 @@ def load(cfg: Any) -> tuple[Split, Split, list[str]]:
     for name in ("train_images", "test_images"):
         if getattr(cfg, name) < len(SHAPES):
             raise RevtrainError(f"data.{name}={getattr(cfg, name)} leaves a class empty.\nGive {len(SHAPES)} or more.")
+    check_room(cfg.train_images + cfg.test_images, size, "data.train_images and data.test_images")
     train_stream, test_stream = np.random.default_rng(cfg.seed).spawn(2)
     train, test = draw(cfg.train_images, size, train_stream), draw(cfg.test_images, size, test_stream)
     return train, test, [shape.__name__ for shape in SHAPES]

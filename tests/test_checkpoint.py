@@ -56,10 +56,10 @@ def config(**changes):
 def test_what_is_saved_is_loaded_and_restored(tmp_path):
     saved = state()
     checkpoint.save(tmp_path / "last.pt", saved)
-    (tmp_path / "metrics.jsonl").write_text('{"epoch": 0}\n{"epoch": 1}\n{"epo')
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
     for path in (tmp_path, tmp_path / "last.pt", str(tmp_path)):
         loaded = checkpoint.load(path)
-        assert loaded["config"] == saved["config"] and loaded["history"] == [{"epoch": 0}]
+        assert loaded["config"] == saved["config"] and loaded["history"] == [{"epoch": 1}]
     model, optimizer, scaler, generator = parts(seed=1)
     drawn = parts()[3]
     checkpoint.restore(loaded, model, optimizer, scaler, generator, CPU)

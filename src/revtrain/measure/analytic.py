@@ -560,8 +560,8 @@ def _readout(setting: _Setting, last: _Stage, state: Term, plain: tuple[Work, ..
     passing = [_local("pooled features, twice", EQ_STORED, "8 C S / (H W)", pooled * FLOAT)]
     stored = []
     if norm:
-        stored.append(_pixels("inputs of BN and LeakyReLU", EQ_STORED, "c (v + 4)", values * (v + FLOAT)))
-        passing.append(_local("output of LeakyReLU", EQ_STORED, "4 c", values * FLOAT))
+        stored.append(_pixels("inputs of BN and LeakyReLU", EQ_STORED, "2 c v", 2 * values * v))
+        passing.append(_local("output of LeakyReLU, or of BN in float32", EQ_STORED, "4 c", values * FLOAT))
     work = (Work("forward", tuple(passing)),)
     return Module("readout", last.index, parameters, buffers, tuple(stored), work)
 

@@ -558,11 +558,12 @@ def _readout(setting: _Setting, last: _Stage, state: Term, plain: tuple[Work, ..
         return Module("readout", last.index, parameters, buffers, (state,), plain, by_autograd=False)
     pooled = 2 * values * 4**last.index / setting.pixels  # their sum, and their mean
     passing = [_local("pooled features, twice", EQ_STORED, "8 C S / (H W)", pooled * FLOAT)]
-    stored = []
+    stored, work = [], ()
     if norm:
         stored.append(_pixels("inputs of BN and LeakyReLU", EQ_STORED, "2 c v", 2 * values * v))
-        passing.append(_local("output of LeakyReLU, or of BN in float32", EQ_STORED, "4 c", values * FLOAT))
-    work = (Work("forward", tuple(passing)),)
+        passing.append(_local("output of LeakyReLU", EQ_STORED, "c v", values * v))
+        work += (Work("forward", (_local("output of BN in float32", EQ_STORED, "4 c", values * FLOAT),)),)
+    work += (Work("forward", tuple(passing)),)
     return Module("readout", last.index, parameters, buffers, tuple(stored), work)
 
 

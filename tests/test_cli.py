@@ -196,7 +196,7 @@ def test_a_run_from_end_to_end(command):
     )
     names = {path.name.split(".")[0] if path.name.startswith("events") else path.name for path in ran.dir.iterdir()}
     assert names == {
-        ".hydra", "train.log", "metrics.jsonl", "result.json", "last.pt", "previous.pt", "events",
+        ".hydra", ".lock", "train.log", "metrics.jsonl", "result.json", "last.pt", "previous.pt", "events",
     }  # fmt: skip
     assert "test accuracy" in ran.out and "minimum SNR" in ran.out and "no CUDA" in ran.out
     assert f"tensorboard --logdir {ran.dir.relative_to(os.getcwd())}" in ran.out
@@ -325,7 +325,7 @@ def test_a_sweep_without_failures_exits_with_0(command):
 def test_help_lists_the_groups(command):
     ran = command("--help")
     assert ran.code == 0
-    assert f"arch: {', '.join(sorted(ARCHITECTURES))}" in ran.out
+    assert f"arch: {', '.join(sorted([*ARCHITECTURES, 'layerwise_paper']))}" in ran.out
     assert f"data: {', '.join(sorted(DATASETS))}" in ran.out
     assert "experiment: " in ran.out and "quickstart" in ran.out
 

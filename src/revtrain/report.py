@@ -15,6 +15,8 @@ import logging
 import math
 import os
 import platform
+import threading
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -175,6 +177,7 @@ class Report:
         write_atomic(self.run_dir / "metrics.jsonl", b"".join(map(_encoded, history)))
         for events in self.run_dir.glob("events.out.tfevents.*"):
             events.unlink()
+        self._excepthook, threading.excepthook = threading.excepthook, _told_by_the_next_write(threading.excepthook)
         self._writer = SummaryWriter(str(self.run_dir))
         config = self.result["config"]
         values = {key: config[key] for key in HYPER_PARAMETERS}
@@ -247,7 +250,10 @@ class Report:
             if self._writer is not None:
                 if status == "completed":
                     self._writer.file_writer.add_summary(self._session_end)
-                self._writer.close()
+                try:
+                    self._writer.close()
+                finally:
+                    threading.excepthook = self._excepthook
 
     def table(self) -> str:
         """The last word on the terminal."""
@@ -322,6 +328,16 @@ class SilentReport(Report):
 def _encoded(line: dict[str, Any]) -> bytes:
     """As it stands in metrics.jsonl."""
     return (json.dumps(_finite(line), allow_nan=False) + "\n").encode()
+
+
+def _told_by_the_next_write(hook: Callable[[Any], None]) -> Callable[[Any], None]:
+    """TensorBoard's thread prints a traceback where the disk is full, and the next write raises the same error."""
+
+    def quieter(args: Any) -> None:
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__name__ == "_AsyncWriterThread"):
+            hook(args)
+
+    return quieter
 
 
 def _finite(value: Any) -> Any:

@@ -375,7 +375,7 @@ def test_plan_prints_the_plan_and_ends_without_the_data(command, monkeypatch):
         == plan["peak_bytes"]
         == sum(size for key, size in result["memory_bytes"].items() if key != "peak")
     )
-    assert {path.name for path in ran.dir.iterdir()} == {".hydra", "train.log", "result.json"}
+    assert {path.name for path in ran.dir.iterdir()} == {".hydra", ".lock", "train.log", "result.json"}
     for line in (
         f"batch {plan['batch']} of 32x32",
         f"predicted peak  {plan['peak_bytes'] / MIB:>10,.1f} MiB  live bytes of a training step",

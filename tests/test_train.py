@@ -185,7 +185,7 @@ def test_kill_9_in_the_middle_of_an_epoch_then_resume_is_bit_equal(tmp_path):
     done = subprocess.run(killed, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert read_checkpoint(tmp_path / "killed")["epoch"] == 1
-    assert not (tmp_path / "killed/result.json").exists()
+    assert read_result(tmp_path / "killed")["status"] == "running"
 
     run(tmp_path / "resumed", f"resume={tmp_path / 'killed'}", base=base)
     assert_same_state(read_checkpoint(tmp_path / "whole"), read_checkpoint(tmp_path / "resumed"))
@@ -315,7 +315,7 @@ def breaking(monkeypatch, step, how):
         built.append(Breaking(step, how))
         return built[-1]
 
-    memory = SimpleNamespace(peak_bytes=1000, parameter_bytes=1, gradient_bytes=1, optimizer_bytes=1,
+    memory = SimpleNamespace(timeline=None, peak_bytes=1000, parameter_bytes=1, gradient_bytes=1, optimizer_bytes=1,
                              activation_bytes=1, bytes_per_pixel=1.0)  # fmt: skip
     monkeypatch.setattr(revtrain.models, "build_model", build)
     monkeypatch.setattr(revtrain.measure, "measure_step_memory", lambda *args: memory)

@@ -10,6 +10,7 @@ This module does not import torch until a run starts, so that a refused configur
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -285,6 +286,8 @@ class Report:
 
     def _figure(self, tag: str, figure: Any, epoch: int) -> None:
         self._writer.add_image(tag, figures.pixels(figure), epoch, dataformats="HWC")
+        figure.clear()
+        gc.collect()  # a figure is full of cycles: about a megabyte each would stay for a long time
 
     def _update_result(self, line: dict[str, Any]) -> None:
         """Take a line into the sums and maxima; the lines themselves are not kept, a run may have very many."""

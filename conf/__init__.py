@@ -18,8 +18,9 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from revtrain import sweeps
-from revtrain.config import Config
+from revtrain.config import registry, schema
+from revtrain.config.help import keys_help
+from revtrain.runs import sweeps
 
 
 def slug(text: str, length: int = 80) -> str:
@@ -33,7 +34,13 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
     >>> cfg = compose(["arch=hybrid", "depth=4"])
     """
     with initialize_config_module("revtrain.conf", version_base="1.3"):
-        return hydra_compose("config", overrides=list(overrides))
+        return hydra_compose("config", overrides=[*overrides, *search_path()])
+
+
+def search_path() -> list[str]:
+    """The words that let Hydra find the yamls of the folders in REVTRAIN_PATH (see `revtrain.config.registry`)."""
+    places = [f"'file://{folder / 'conf'}'" for folder in registry.plugin_folders()]
+    return [f"hydra.searchpath=[{','.join(places)}]"] if places else []
 
 
 def constant_keys(config: DictConfig) -> list[str]:
@@ -77,7 +84,7 @@ def _swept(overrides: list[Override]) -> list[str]:
     return list(dict.fromkeys(each.key_or_group for each in overrides if each.is_sweep_override()))
 
 
-ConfigStore.instance().store(name="schema", node=Config, provider="revtrain")
+ConfigStore.instance().store(name="schema", node=schema(), provider="revtrain")
 # cached: one token for a run, one name for a sweep and all its jobs, however often it is resolved
 OmegaConf.register_new_resolver("revtrain.token", lambda: secrets.token_hex(3), use_cache=True, replace=True)
 OmegaConf.register_new_resolver("revtrain.sweep_name", sweep_name, use_cache=True, replace=True)
@@ -85,3 +92,4 @@ OmegaConf.register_new_resolver("revtrain.job_name", job_name, replace=True)
 for resolver in (sweeps.gpu_count, sweeps.parallel_jobs):
     OmegaConf.register_new_resolver(f"revtrain.{resolver.__name__}", resolver, replace=True)
 OmegaConf.register_new_resolver("revtrain.slug", slug, replace=True)
+OmegaConf.register_new_resolver("revtrain.keys", keys_help, replace=True)

@@ -41,16 +41,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from revtrain.chain import InvertibleChain
 from revtrain.conf import compose
-from revtrain.device import DTYPES, autocast, choose_device, describe, synchronize
+from revtrain.core.chain import InvertibleChain
+from revtrain.core.state_format import PLAIN, StateFormat
 from revtrain.errors import RevtrainError
-from revtrain.layers import AdditiveCoupling, ChunkedCoupling, Readout, WideResidual
-from revtrain.measure import LiveStorages
+from revtrain.layers import AdditiveCoupling, Head, HiddenChunkCoupling, WideResidual
+from revtrain.machine.device import DTYPES, autocast, choose_device, describe, synchronize
+from revtrain.memory.live import LiveStorages
 from revtrain.models import architectures, build_model
 from revtrain.models.chunked import residual
-from revtrain.models.parts import conv3x3
-from revtrain.stream import PLAIN, Stream
+from revtrain.models.common import conv3x3
 
 MIB = 2**20
 IMAGE_SIZE, CLASSES = 32, 10
@@ -146,7 +146,7 @@ class Stack(nn.Module):
         super().__init__()
         half = options.channels // 2
         self.stem = conv3x3(3, options.channels)
-        self.head = Readout(options.channels, CLASSES)
+        self.head = Head(options.channels, CLASSES)
         make = partial(residual, activation="relu") if options.norm == "input" else WideResidual
         self.functions = nn.ModuleList(make(half, options.hidden) for _ in range(2 * options.blocks))
         self.trunk = trunk(list(zip(self.functions[::2], self.functions[1::2], strict=True)), options)
@@ -155,11 +155,11 @@ class Stack(nn.Module):
         return self.head(self.trunk(self.stem(images)))
 
 
-def stream_of(options: Options) -> Stream:
-    return PLAIN if options.precision == "fp32" else Stream("int16")
+def stream_of(options: Options) -> StateFormat:
+    return PLAIN if options.precision == "fp32" else StateFormat("int16")
 
 
-def couplings(pairs, options: Options, stream: Stream = PLAIN) -> list[nn.Module]:
+def couplings(pairs, options: Options, stream: StateFormat = PLAIN) -> list[nn.Module]:
     # In a Sequential F and G are modules like any other: recomputed and differentiated as a whole.
     return [AdditiveCoupling(options.channels, nn.Sequential(f), nn.Sequential(g), stream=stream) for f, g in pairs]
 
@@ -180,7 +180,7 @@ def trunk_chunked(pairs, options, hidden_chunk=None):
         if hidden_chunk is None:
             blocks.append(AdditiveCoupling(options.channels, f, g, stream=stream, channels_last=True))
         else:
-            block = ChunkedCoupling(options.channels, options.hidden, hidden_chunk=hidden_chunk, stream=stream)
+            block = HiddenChunkCoupling(options.channels, options.hidden, hidden_chunk=hidden_chunk, stream=stream)
             block.f, block.g = f, g
             blocks.append(block)
     return InvertibleChain(blocks, stream=stream, reuse_output=True)
@@ -261,7 +261,7 @@ def all_cases() -> dict[str, Case]:
         *(
             stack(
                 f"chunked_k{k}",
-                f"revtrain ChunkedCoupling, {k} hidden channels at a time",
+                f"revtrain HiddenChunkCoupling, {k} hidden channels at a time",
                 _chunked(k),
                 norms=("hidden",),
             )

@@ -38,12 +38,12 @@ def worker(archs: list[str], overrides: list[str]) -> None:
     from torch.nn.functional import cross_entropy
 
     from revtrain.conf import compose
-    from revtrain.device import choose_device, synchronize
-    from revtrain.distributed import Team
+    from revtrain.machine.device import choose_device, synchronize
+    from revtrain.machine.processes import Processes
     from revtrain.models import build_model
     from revtrain.optim import make_optimizer
 
-    team = Team.of_environment()
+    team = Processes.of_environment()
     device = choose_device(team.device_name(compose(overrides).device))
     team.connect(device)
     for arch in archs:

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from revtrain.conf import compose
 from revtrain.data import load_data, normalise
-from revtrain.measure import LiveStorages
+from revtrain.memory.live import LiveStorages
 from revtrain.models import build_model
-from revtrain.plan import StepPredictor
+from revtrain.planning.plan import StepPredictor
 
 MIB = 2**20
 DEFAULTS = ("arch=chunked", "width=16", "data=synthetic")

@@ -42,7 +42,7 @@ def run(variant: str, backward: str, seed: int, folder: Path, overrides: list[st
     shutil.rmtree(folder, ignore_errors=True)
     from revtrain.conf import compose
     from revtrain.errors import RevtrainError
-    from revtrain.train import train
+    from revtrain.training.run import train
 
     if variant == "authors":
         _invert_by_the_unbiased_variance()

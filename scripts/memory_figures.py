@@ -27,9 +27,9 @@ from matplotlib.figure import Figure
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from revtrain.conf import compose
-from revtrain.device import DTYPES
-from revtrain.measure import LiveStorages
-from revtrain.measure.analytic import MemoryModel, Module, Moment, analytic_memory
+from revtrain.machine.device import DTYPES
+from revtrain.memory.closed_form import MemoryModel, Module, Moment, analytic_memory
+from revtrain.memory.live import LiveStorages
 from revtrain.models import architectures, build_model
 from revtrain.optim import make_optimizer
 

@@ -7,8 +7,8 @@
 
 Prints Markdown and writes it and a CSV of the same numbers into docs/figures. Columns:
 
-analytic    closed form, bytes per input pixel (revtrain.measure.analytic)
-predicted   peak of live storages over a training step under fake tensors (revtrain.plan.StepPredictor); per pixel, the
+analytic    closed form, bytes per input pixel (revtrain.memory.closed_form)
+predicted   peak of live storages over a training step under fake tensors (revtrain.planning.predict); per pixel, the
             slope between the batch and twice of it
 measured    the same count over real steps on the CPU at small batches, beside the prediction at those
 CUDA        the allocator's peak over a real step at the full batch, allocated and reserved
@@ -26,12 +26,12 @@ import torch
 import torch.nn.functional as F
 
 from revtrain.conf import compose
-from revtrain.device import DTYPES
-from revtrain.measure import training_step_memory
-from revtrain.measure.analytic import analytic_memory
+from revtrain.machine.device import DTYPES
+from revtrain.memory.closed_form import analytic_memory
 from revtrain.models import architectures, build_model
 from revtrain.optim import make_optimizer
-from revtrain.plan import MOST_IMAGES, StepPredictor, largest_batch
+from revtrain.planning.plan import MOST_IMAGES, StepPredictor, largest_batch
+from revtrain.planning.predict import training_step_memory
 
 MIB = 2**20
 LIMITS = {"500 MiB": 500 * MIB} | {f"{gib} GiB": gib * 1024 * MIB for gib in (1, 2, 4, 8, 16)}

@@ -6,7 +6,7 @@
     python scripts/network_figures.py precision data=imagefolder data.root=FOLDER  # a table: what 16 bit costs
 
 Each writes PNG, SVG and the numbers as CSV into docs/figures. Figures 10 and 12: width 32, 256 images, n = 0.2; lines
-are the theory of `revtrain.theory` where it applies, markers measurements. Figures 11 and 13 read result.json and
+are the theory of `numerics.theory` where it applies, markers measurements. Figures 11 and 13 read result.json and
 metrics.jsonl of the runs that have ended, and average over seeds.
 """
 
@@ -31,13 +31,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from revtrain.conf import compose
-from revtrain.config import validate
+from revtrain.config import read
 from revtrain.data import load_data, normalise
-from revtrain.device import autocast
-from revtrain.fidelity import summarise_gradients
-from revtrain.measure import SNR_CEILING_DB, probe_gradients, probe_snr
+from revtrain.machine.device import autocast
 from revtrain.models import build_model
-from revtrain.theory import predict_snr_db
+from revtrain.numerics.fidelity import summarise_gradients
+from revtrain.numerics.gradients import probe_gradients
+from revtrain.numerics.snr import SNR_CEILING_DB, probe_snr
+from revtrain.numerics.theory import predict_snr_db
 
 FIGURES = Path("docs/figures")
 CPU = torch.device("cpu")
@@ -66,7 +67,7 @@ def images_of(words: Iterable[str], count: int) -> tuple[torch.Tensor, torch.Ten
 
 def network(arch: str, words: Iterable[str]) -> tuple[torch.nn.Module, Any]:
     cfg = compose([f"arch={arch}", *words])
-    validate(cfg)
+    read(cfg)
     torch.manual_seed(0)
     return build_model(cfg, 10, 32), cfg
 

@@ -4,7 +4,7 @@
     python scripts/theory_figures.py --figure 7 --elements 16777216
     python scripts/theory_figures.py --chain               # a table: whole layer-wise networks, predicted and measured
 
-Lines are the closed forms of `revtrain.theory`, markers experiments: Gaussian input, white noise of 1e-5 of the root
+Lines are the closed forms of `numerics.theory`, markers experiments: Gaussian input, white noise of 1e-5 of the root
 mean square of the output, the layer's own inverse. The strip below each panel shows by how many per cent they differ.
 """
 
@@ -31,10 +31,9 @@ from matplotlib.figure import Figure
 from revtrain.conf import compose
 from revtrain.data import load_data, normalise
 from revtrain.layers import CouplingConv2d, InvertibleBatchNorm2d, InvertibleLeakyReLU
-from revtrain.measure import SNR_CEILING_DB, probe_snr
 from revtrain.models import build_model
-from revtrain.optim import make_optimizer
-from revtrain.theory import (
+from revtrain.numerics.snr import SNR_CEILING_DB, probe_snr
+from revtrain.numerics.theory import (
     alpha_batchnorm,
     alpha_batchnorm_toy,
     alpha_leakyrelu,
@@ -48,6 +47,7 @@ from revtrain.theory import (
     read_chain,
     rho_with_epsilon,
 )
+from revtrain.optim import make_optimizer
 
 NOISE = 1e-5
 EPSILONS = (0.0, 0.1, 0.5)

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from revtrain.chain import InvertibleChain
-from revtrain.invertible import InvertibleLayer
+from revtrain.core.chain import InvertibleChain
+from revtrain.core.layer import InvertibleLayer
 from revtrain.layers import (
     AdditiveCoupling,
     BatchPooling,
     ChannelPooling,
-    ChunkedCoupling,
     CouplingConv2d,
+    HiddenChunkCoupling,
     InvertibleBatchNorm2d,
     InvertibleLeakyReLU,
     PreNorm,
@@ -86,9 +86,9 @@ LAYERS = [
     LayerCase("coupling-plain", lambda: AdditiveCoupling(4, plain(2), plain(2))),
     LayerCase("coupling-dropout", lambda: AdditiveCoupling(4, plain(2, 0.5), plain(2, 0.5))),
     LayerCase("coupling-chains", lambda: AdditiveCoupling(4, inner_chain(2), inner_chain(2))),
-    LayerCase("chunked-relu", lambda: ChunkedCoupling(4, hidden=5, hidden_chunk=2, scale=0.5)),
-    LayerCase("chunked-gelu", lambda: ChunkedCoupling(4, hidden=4, hidden_chunk=1, activation="gelu")),
-    LayerCase("chunked-silu", lambda: ChunkedCoupling(4, hidden=3, hidden_chunk=8, activation="silu")),
+    LayerCase("chunked-relu", lambda: HiddenChunkCoupling(4, hidden=5, hidden_chunk=2, scale=0.5)),
+    LayerCase("chunked-gelu", lambda: HiddenChunkCoupling(4, hidden=4, hidden_chunk=1, activation="gelu")),
+    LayerCase("chunked-silu", lambda: HiddenChunkCoupling(4, hidden=3, hidden_chunk=8, activation="silu")),
     LayerCase("prenorm", lambda: AdditiveCoupling(4, prenorm(2), prenorm(2), scale=0.5)),
     LayerCase("prenorm-dropout", lambda: AdditiveCoupling(4, prenorm(2, 0.5), prenorm(2, 0.5))),
     LayerCase("channel-pooling", ChannelPooling),

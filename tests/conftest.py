@@ -69,7 +69,7 @@ def command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., Ran]]:
     """`command("depth=4", ...)` runs `revtrain depth=4 ...` in an empty folder, within this process."""
-    from revtrain.cli import main
+    from revtrain.cli.train import main
 
     monkeypatch.chdir(tmp_path)
     root = logging.getLogger()

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from cases import ARCHS, ArchCase, compose
 
-from revtrain.device import autocast
-from revtrain.distributed import Team
+from revtrain.machine.device import autocast
+from revtrain.machine.processes import Processes
 from revtrain.models import build_model
 from revtrain.optim import make_optimizer
 
@@ -36,7 +36,7 @@ CASES = {
 }
 
 
-def step(name: str, team: Team) -> dict[str, Any]:
+def step(name: str, team: Processes) -> dict[str, Any]:
     """Loss, gradients and buffers after one forward and backward pass of this process's share of a fixed batch."""
     overrides, dtype = CASES[name]
     cfg = compose(*overrides)
@@ -58,7 +58,7 @@ def step(name: str, team: Team) -> dict[str, Any]:
     }
 
 
-def losses(case: ArchCase, team: Team) -> list[float]:
+def losses(case: ArchCase, team: Processes) -> list[float]:
     """Of twenty optimizer steps at a high rate, in float64: rounding is no excuse."""
     cfg = compose(f"arch={case.arch}", *case.small)
     torch.manual_seed(0)
@@ -78,7 +78,7 @@ def losses(case: ArchCase, team: Team) -> list[float]:
 
 
 if __name__ == "__main__":
-    team = Team.of_environment()
+    team = Processes.of_environment()
     team.connect(torch.device("cpu"))
     results = {name: step(name, team) for name in CASES} | {case.arch: losses(case, team) for case in ARCHS}
     torch.save(results, f"{sys.argv[1]}.{team.rank}")

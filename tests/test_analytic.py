@@ -6,10 +6,10 @@ import pytest
 from cases import compose
 
 from revtrain.errors import RevtrainError
-from revtrain.measure import measure_step_memory
-from revtrain.measure.analytic import Term, analytic_memory
+from revtrain.memory.closed_form import Term, analytic_memory
 from revtrain.models import architectures
-from revtrain.plan import StepPredictor
+from revtrain.planning.plan import StepPredictor
+from revtrain.planning.predict import predict_step_memory
 
 LARGE = 2**16  # images: weights and the temporaries of chunks weigh next to nothing
 STRIDES = "pooling=[stride]"
@@ -67,7 +67,7 @@ def test_closed_form_agrees_with_the_count_of_live_storages(case):
 def test_closed_form_agrees_with_the_full_prediction(arch):
     """As above, with nothing left out of the step."""
     cfg = config(arch, "depth=18" if arch == "resnet18" else "depth=3")
-    memory = measure_step_memory(cfg, 10, 32, 64)
+    memory = predict_step_memory(cfg, 10, 32, 64)
     assert analytic_memory(cfg).bytes_per_pixel == pytest.approx(memory.bytes_per_pixel, rel=0.01)
 
 

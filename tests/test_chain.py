@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from cases import everything, inner_chain, plain, prenorm
 from torch import nn
 
-from revtrain.chain import InvertibleChain, observe
-from revtrain.invertible import InvertibleLayer
+from revtrain.core.chain import InvertibleChain, observe
+from revtrain.core.layer import InvertibleLayer
+from revtrain.core.state_format import StateFormat
 from revtrain.layers import AdditiveCoupling, CouplingConv2d, InvertibleBatchNorm2d, InvertibleLeakyReLU, WideResidual
-from revtrain.stream import Stream
 
 
 def small_chain(**options):
@@ -220,7 +220,7 @@ def test_dropout_leaves_the_random_numbers_as_plain_autograd_does():
 
 def test_no_activation_survives_the_forward_pass_but_the_output():
     """Counted in live storages: depth adds a few numbers a layer, never an activation."""
-    from revtrain.measure import LiveStorages
+    from revtrain.memory.live import LiveStorages
 
     def survivors(depth):
         torch.manual_seed(0)
@@ -292,7 +292,7 @@ def test_coupling_on_a_grid_is_inverted_bit_by_bit_at_any_depth(make):
 
     def rebuilt_exactly(name):
         torch.manual_seed(0)
-        stream = Stream(name)
+        stream = StateFormat(name)
         chain = InvertibleChain(
             [AdditiveCoupling(4, make(2), make(2), stream=stream) for _ in range(40)], stream=stream
         )
@@ -319,7 +319,7 @@ def test_our_batch_norms_inside_any_module_are_updated_once(make):
 
 def test_the_grid_is_the_same_function_in_both_modes():
     def make():
-        grid = Stream("float32", grid_bits=12)
+        grid = StateFormat("float32", grid_bits=12)
         return InvertibleChain(
             [AdditiveCoupling(4, plain(2), plain(2), scale=0.3, stream=grid) for _ in range(3)], stream=grid
         )

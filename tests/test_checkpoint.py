@@ -12,12 +12,12 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from revtrain import checkpoint
 from revtrain.conf import compose
-from revtrain.device import make_scaler
 from revtrain.errors import RevtrainError
-from revtrain.files import write_atomic
+from revtrain.machine.device import make_scaler
+from revtrain.machine.files import write_atomic
 from revtrain.optim import make_optimizer
+from revtrain.runs import checkpoint
 
 CPU = torch.device("cpu")
 

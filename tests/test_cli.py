@@ -15,9 +15,10 @@ from PIL import Image
 
 import revtrain
 import revtrain.data
-import revtrain.train
-from revtrain.cli import main
-from revtrain.config import ARCHITECTURES, DATASETS
+import revtrain.training.run
+from revtrain.cli.train import main
+from revtrain.data import datasets
+from revtrain.models import architectures
 
 REFUSED = [
     # groups
@@ -173,7 +174,7 @@ def test_a_loss_that_turns_nan_and_a_full_memory_are_told_in_a_few_lines(command
 def test_a_full_disk_is_told_in_a_few_lines(tmp_path):
     """The real thing: the system refuses to write files of more than 10 kB; last.pt has more."""
     code = (
-        "import resource, sys; from revtrain.cli import main;"
+        "import resource, sys; from revtrain.cli.train import main;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)); sys.exit(main(sys.argv[1:]))"
     )
     words = [*TINY, "width=16", "hydra.run.dir=run"]
@@ -202,7 +203,7 @@ def test_a_run_from_end_to_end(command):
     assert f"tensorboard --logdir {ran.dir.relative_to(os.getcwd())}" in ran.out
     assert ran.err == ""  # the progress bar is silent where nobody watches
     log = (ran.dir / "train.log").read_text()
-    assert "INFO revtrain.train: epoch 2/2" in log
+    assert "INFO revtrain.training.run: epoch 2/2" in log
     assert ran.result["overrides"] == list(TINY)
 
 
@@ -268,7 +269,7 @@ def test_ctrl_c_before_training(command, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(revtrain.train, "train", interrupt)
+    monkeypatch.setattr(revtrain.training.run, "train", interrupt)
     ran = command(*TINY)
     assert ran.code == 130 and ran.result["status"] == "interrupted"
     assert "nothing to continue from" in ran.err
@@ -325,8 +326,8 @@ def test_a_sweep_without_failures_exits_with_0(command):
 def test_help_lists_the_groups(command):
     ran = command("--help")
     assert ran.code == 0
-    assert f"arch: {', '.join(sorted([*ARCHITECTURES, 'layerwise_paper']))}" in ran.out
-    assert f"data: {', '.join(sorted(DATASETS))}" in ran.out
+    assert f"arch: {', '.join(sorted([*architectures(), 'layerwise_paper']))}" in ran.out
+    assert f"data: {', '.join(sorted(datasets()))}" in ran.out
     assert "experiment: " in ran.out and "quickstart" in ran.out
 
 

@@ -11,8 +11,11 @@ from omegaconf import OmegaConf
 
 import revtrain.conf
 from revtrain.conf import compose, slug
-from revtrain.config import ARCHITECTURES, DATASETS, Config, expected, schema, validate
+from revtrain.config import all_keys, expected, read, schema, sections
+from revtrain.config.help import keys_help
+from revtrain.data import datasets
 from revtrain.errors import RevtrainError
+from revtrain.models import architectures
 
 CONF = Path(revtrain.conf.__file__).parent
 VARIANTS = {"layerwise_paper": "layerwise"}  # yamls of arch/ that set more than the architecture
@@ -24,7 +27,7 @@ YAMLS = [
 @pytest.mark.parametrize(("group", "name"), YAMLS)
 def test_every_yaml_composes_and_is_valid(group, name):
     cfg = compose([f"{group}={name}", "data.root=."])
-    validate(cfg)
+    read(cfg)
     if group != "scale":
         chosen = {"arch": cfg.arch, "data": cfg.data.name, "experiment": cfg.experiment}[group]
         assert chosen == VARIANTS.get(name, name)
@@ -36,8 +39,8 @@ def test_every_yaml_states_its_command(group, name):
 
 
 def test_the_groups_are_those_of_the_schema():
-    assert sorted(name for group, name in YAMLS if group == "arch") == sorted([*ARCHITECTURES, *VARIANTS])
-    assert sorted(name for group, name in YAMLS if group == "data") == sorted(DATASETS)
+    assert sorted(name for group, name in YAMLS if group == "arch") == sorted([*architectures(), *VARIANTS])
+    assert sorted(name for group, name in YAMLS if group == "data") == sorted(datasets())
 
 
 def test_the_scale_of_a_figure_is_one_word():
@@ -48,9 +51,9 @@ def test_the_scale_of_a_figure_is_one_word():
 
 
 def test_yaml_and_schema_agree_on_the_defaults():
-    composed, schema_defaults = compose(["data=synthetic"]), OmegaConf.structured(Config)
+    composed, schema_defaults = compose(["data=synthetic"]), OmegaConf.structured(schema())
     from_arch = OmegaConf.load(CONF / "arch/hybrid.yaml").keys()
-    for item in fields(Config):
+    for item in fields(schema()):
         if item.name not in from_arch:
             assert composed[item.name] == schema_defaults[item.name], item.name
 
@@ -120,7 +123,7 @@ WRONG = [
 def test_wrong_values_are_refused_with_their_remedy(case):
     overrides, *fragments = case
     with pytest.raises(RevtrainError) as caught:
-        validate(compose(overrides))
+        read(compose(overrides))
     message = str(caught.value)
     for fragment in fragments:
         assert fragment in message
@@ -128,12 +131,13 @@ def test_wrong_values_are_refused_with_their_remedy(case):
 
 
 def test_resnet18_takes_any_width_and_both_backwards():
-    validate(compose(["arch=resnet18", "width=33", "backward=invert"]))
-    validate(compose(["arch=resnet18", "width=33", "backward=store"]))
+    read(compose(["arch=resnet18", "width=33", "backward=invert"]))
+    read(compose(["arch=resnet18", "width=33", "backward=store"]))
 
 
 def test_schema_lists_nested_keys_and_their_types_in_words():
-    assert {"arch", "data", "data.root", "data.augment.pad", "probe.every"} <= schema().keys()
+    assert {"arch", "data.root", "data.augment.pad", "probe.every"} <= all_keys().keys()
+    assert set(sections()) == {"data", "data.augment", "probe"}
     assert expected("batch") == "a whole number, or auto"
     assert expected("depth") == "a whole number or null"
     assert expected("lr") == "a number"
@@ -143,10 +147,10 @@ def test_schema_lists_nested_keys_and_their_types_in_words():
 
 
 def test_help_names_every_key():
-    text = (CONF / "hydra/help/revtrain.yaml").read_text()
+    text = keys_help()
     missing = [
         key
-        for key in schema()
+        for key in all_keys()
         if key not in ("arch", "data", "data.name", "experiment", "probe", "data.augment")
         and key not in text
         and f".{key.rpartition('.')[2]}" not in text

@@ -23,14 +23,7 @@ from PIL import Image
 from torch import nn
 
 from revtrain.config import AugmentConfig, DataConfig
-from revtrain.data import (
-    Split,
-    augment,
-    channel_statistics,
-    draw_augmentation,
-    load_data,
-    normalise,
-)
+from revtrain.data import Split, augment, channel_statistics, draw_augmentation, load_data, normalise
 from revtrain.errors import RevtrainError
 
 REAL_IMAGES = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10-jpeg.zip"

@@ -16,8 +16,8 @@ from cases import ARCHS, ids
 from conftest import TINY, read_checkpoint, read_metrics, read_result
 from distributed_worker import CASES, losses, step
 
-from revtrain.distributed import ALONE, Team
 from revtrain.errors import RevtrainError
+from revtrain.machine.processes import ALONE, Processes
 
 TESTS = Path(__file__).parent
 
@@ -199,20 +199,23 @@ def test_a_sweep_under_torchrun_is_refused(command, as_first_of_two):
 
 
 def test_a_process_needs_two_images():
-    assert Team(0, 4).share(8) == 2 and Team().share(1) == 1
+    assert Processes(0, 4).share(8) == 2 and Processes().share(1) == 1
     with pytest.raises(RevtrainError, match="Use batch=8 or batch=12"):
-        Team(0, 4).share(4)
+        Processes(0, 4).share(4)
 
 
 def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [Team(rank, 4, local_rank=rank % 2).device_name("auto") for rank in range(4)] == ["cuda:0", "cuda:1"] * 2
-    assert Team(1, 2, 1).device_name("cpu") == "cpu" and Team().device_name("cuda:1") == "cuda:1"
+    assert [Processes(rank, 4, local_rank=rank % 2).device_name("auto") for rank in range(4)] == [
+        "cuda:0",
+        "cuda:1",
+    ] * 2
+    assert Processes(1, 2, 1).device_name("cpu") == "cpu" and Processes().device_name("cuda:1") == "cuda:1"
     with pytest.raises(RevtrainError, match="has no GPU; there are 2"):
-        Team(2, 3, 2).device_name("cuda")
+        Processes(2, 3, 2).device_name("cuda")
     with pytest.raises(RevtrainError, match="expected auto, cuda or cpu"):
-        Team(0, 2, 0).device_name("cuda:1")
+        Processes(0, 2, 0).device_name("cuda:1")
 
 
 # ---- twenty steps --------------------------------------------------------------------------------

@@ -38,11 +38,14 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import revtrain.data
-import revtrain.report
-from revtrain import checkpoint, files, train
+import revtrain.runs.writer
 from revtrain.conf import compose
-from revtrain.config import ARCHITECTURES, BACKWARDS, POOLINGS, PRECISIONS, SCHEDULES, STREAMS
+from revtrain.config.schema import BACKWARDS, POOLINGS, PRECISIONS, SCHEDULES, STATE_FORMATS
 from revtrain.errors import RevtrainError
+from revtrain.machine import files
+from revtrain.models import architectures
+from revtrain.runs import checkpoint
+from revtrain.training import run as train
 
 BASE = (*TINY, "arch=hybrid", "depth=1", "width=8", "data.image_size=16")
 MIB = 2**20
@@ -96,7 +99,7 @@ def at_call(monkeypatch, name, number, action):
 KILLED_WRITING = """
 import os, signal, sys
 from revtrain import checkpoint
-import revtrain.models, revtrain.data, revtrain.plan, torch.utils.tensorboard  # once for all children
+import revtrain.models, revtrain.data, revtrain.planning.plan, torch.utils.tensorboard  # once for all children
 from revtrain.conf import compose
 from revtrain.train import train
 
@@ -177,14 +180,15 @@ def test_sigkill_at_each_system_call_of_a_checkpoint(tmp_path, whole):
 # starts a child for each line on its standard input, a folder, and says how it ended; a fresh start would take seconds
 COMMANDS = """
 import os, sys
-import revtrain.cli, revtrain.train, revtrain.models, revtrain.data, revtrain.plan, torch.utils.tensorboard
+import revtrain.cli.train, revtrain.training.run, revtrain.models, revtrain.data
+import revtrain.planning.plan, torch.utils.tensorboard
 for line in sys.stdin:
     folder = line.strip()
     pid = os.fork()
     if pid == 0:
         for stream, name in ((1, ".out"), (2, ".err")):
             os.dup2(os.open(folder + name, os.O_WRONLY | os.O_CREAT), stream)
-        code = revtrain.cli.main([*sys.argv[1:], f"hydra.run.dir={folder}"])
+        code = revtrain.cli.train.main([*sys.argv[1:], f"hydra.run.dir={folder}"])
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -898,14 +902,14 @@ def listed(*choices):
 
 
 KEYS = {
-    "arch": one_of(*ARCHITECTURES),
+    "arch": one_of(*architectures()),
     "depth": whole_numbers(1, 6),
     "width": whole_numbers(1, 9),
     "slope": FLOAT,
     "epsilon_i": FLOAT,
     "pooling": mostly(listed(*POOLINGS), JUNK),
     "residual_scale": FLOAT,
-    "stream": one_of(*STREAMS),
+    "stream": one_of("auto", *STATE_FORMATS),
     "grid_bits": whole_numbers(1, 20),
     "activation": one_of("relu", "gelu", "silu", "leaky_relu"),
     "norm": one_of("input", "hidden"),
@@ -1032,9 +1036,9 @@ def test_a_checkpoint_does_not_grow_with_the_epochs(tmp_path):
 
 def test_the_report_keeps_no_lines(tmp_path):
     """What a process holds of its epochs is sums and maxima, not the epochs."""
-    report = revtrain.report.Report(tmp_path, compose_plain(), [])
+    report = revtrain.runs.writer.RunWriter(tmp_path, compose_plain(), [])
     report.start([])
-    line = {key: None for key in revtrain.report.LINE_KEYS} | {"snr_db": {"minimum": 1.0, "layers": {}}}
+    line = {key: None for key in revtrain.runs.writer.LINE_KEYS} | {"snr_db": {"minimum": 1.0, "layers": {}}}
     sizes = []
     for epoch in range(60):
         report.epoch({**line, "epoch": epoch, "train_seconds": 1.0, "train_images": 10, "accuracy_test": 0.5})

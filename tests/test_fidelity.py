@@ -9,15 +9,15 @@ import pytest
 import torch
 from cases import compose
 
-from revtrain.chain import InvertibleChain
+from revtrain.core.chain import InvertibleChain
 from revtrain.data import load_data, normalise
-from revtrain.fidelity import TRUSTED_COSINE, FidelityWatch, summarise_gradients, trusted
-from revtrain.measure import GradientFidelity, probe_gradients, probe_snr
-from revtrain.measure.gradients import compare
-from revtrain.measure.probing import loss_gradients
 from revtrain.models import build_model
+from revtrain.numerics.fidelity import TRUSTED_COSINE, FidelityWatch, summarise_gradients, trusted
+from revtrain.numerics.gradients import GradientFidelity, compare, probe_gradients
+from revtrain.numerics.probing import loss_gradients
+from revtrain.numerics.snr import probe_snr
 from revtrain.optim import make_optimizer
-from revtrain.train import train
+from revtrain.training.run import train
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_a_comparison_that_does_not_fit_into_memory_is_left_out(tmp_path, monkey
         calls.append(1)
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("revtrain.measure.probe_gradients", full)
+    monkeypatch.setattr("revtrain.numerics.gradients.probe_gradients", full)
     caplog.set_level(logging.WARNING)
     words = ("width=8", "depth=1", "pooling=[]", "epochs=2", "batch=16", "data.train_images=32", "data.test_images=16")
     result = train(compose("arch=layerwise", *words, "probe.every=1"), tmp_path)

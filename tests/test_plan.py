@@ -8,18 +8,19 @@ from cases import ARCHS, compose, ids
 from conftest import TINY, read_checkpoint, read_metrics, read_result
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import revtrain.core.pieces
 import revtrain.data
-import revtrain.invertible
-import revtrain.layers.chunked
-import revtrain.plan
-from revtrain import device as devices
-from revtrain import train
-from revtrain.config import parse_memory, validate
+import revtrain.layers.hidden_chunks
+import revtrain.planning.plan
+from revtrain.config import parse_memory, read
 from revtrain.errors import RevtrainError
-from revtrain.measure import LiveStorages, training_step_memory
+from revtrain.machine import device as devices
+from revtrain.memory.live import LiveStorages
 from revtrain.models import build_model
 from revtrain.optim import make_optimizer
-from revtrain.plan import StepPredictor, cap_memory, make_plan, margin_bytes
+from revtrain.planning.plan import StepPredictor, cap_memory, make_plan, margin_bytes
+from revtrain.planning.predict import training_step_memory
+from revtrain.training import run as train
 
 MIB = 2**20
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -59,7 +60,7 @@ def full_step(cfg, batch, image_size, fake=True):
 )
 def test_sizes_are_read_with_their_units(text, size):
     assert parse_memory(text) == size
-    validate(compose(f"memory_limit='{text}'"))
+    read(compose(f"memory_limit='{text}'"))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_sizes_are_read_with_their_units(text, size):
 )
 def test_other_sizes_are_refused(text, hint):
     with pytest.raises(RevtrainError) as caught:
-        validate(compose(f"memory_limit='{text}'"))
+        read(compose(f"memory_limit='{text}'"))
     message = str(caught.value)
     assert message.startswith(f"memory_limit={text} was given; expected a size with its unit.")
     assert hint in message and "memory_limit=500MiB" in message
@@ -86,7 +87,7 @@ def test_other_sizes_are_refused(text, hint):
 
 
 def test_a_batch_is_a_number_or_auto(command):
-    validate(compose("batch=auto"))
+    read(compose("batch=auto"))
     for word, hint in (("abc", ""), ("atuo", " Did you mean auto?")):
         ran = command(f"batch={word}")
         assert ran.code == 2
@@ -159,14 +160,14 @@ def test_the_prediction_is_quick_because_it_leaves_out_repetitions(monkeypatch):
 
 
 def test_the_prediction_leaves_no_trace():
-    before, rng = revtrain.layers.chunked.batch_chunks, torch.get_rng_state()
+    before, rng = revtrain.layers.hidden_chunks.batch_pieces, torch.get_rng_state()
     predict = StepPredictor(compose(*CHUNKED), 10, 32)
     assert predict(2**17).peak > 2**32
     assert torch.equal(rng, torch.get_rng_state())
-    assert revtrain.layers.chunked.batch_chunks is before is revtrain.invertible.batch_chunks
+    assert revtrain.layers.hidden_chunks.batch_pieces is before is revtrain.core.pieces.batch_pieces
     with pytest.raises(RuntimeError, match="padded input size"):  # images without pixels: an error inside
         StepPredictor(compose("arch=resnet18", "width=4"), 10, 0)(2)
-    assert revtrain.layers.chunked.batch_chunks is before
+    assert revtrain.layers.hidden_chunks.batch_pieces is before
 
 
 # ---- the plan ------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from revtrain.conf import compose
 from revtrain.errors import RevtrainError
-from revtrain.report import LINE_KEYS, Report, new_result, write_result
+from revtrain.runs.writer import LINE_KEYS, RunWriter, new_result, write_result
 
 CONFIG = OmegaConf.to_container(compose(["data=synthetic", "depth=4"]), resolve=True)
 GRADIENTS = {"minimum_cosine": 0.99, "maximum_relative_error": 0.1, "parameters": {}}
@@ -36,7 +36,7 @@ def trained(epoch, accuracy, **measured):
 
 @pytest.fixture
 def finished(tmp_path):
-    report = Report(tmp_path, CONFIG, ["depth=4"])
+    report = RunWriter(tmp_path, CONFIG, ["depth=4"])
     report.result.update(params=1234, bytes_per_pixel=352.0)
     report.start([])
     report.epoch(line(0, step=0, snr_db=SNR))
@@ -118,7 +118,7 @@ def test_the_dashboard_opens_on_a_layout(finished, tmp_path):
 
 
 def test_what_is_not_finite_becomes_null(tmp_path):
-    report = Report(tmp_path, CONFIG, [])
+    report = RunWriter(tmp_path, CONFIG, [])
     report.start([])
     report.epoch(trained(1, 0.5, loss_test=math.inf, loss_train=math.nan))
     report.finish("completed")
@@ -128,7 +128,7 @@ def test_what_is_not_finite_becomes_null(tmp_path):
 
 
 def test_without_cuda_the_peak_is_null_and_the_table_says_so(tmp_path):
-    report = Report(tmp_path, CONFIG, [])
+    report = RunWriter(tmp_path, CONFIG, [])
     report.result.update(params=1234, bytes_per_pixel=352.0)
     report.start([])
     report.epoch(trained(1, 0.5))
@@ -153,7 +153,7 @@ def test_the_table_says_it_all(finished, tmp_path):
 
 
 def test_a_failure_is_written_with_its_error(tmp_path):
-    report = Report(tmp_path, CONFIG, [])
+    report = RunWriter(tmp_path, CONFIG, [])
     report.finish("failed", RevtrainError("two\nlines"))
     assert read_result(tmp_path)["error"] == "two\nlines"
     assert read_result(tmp_path).keys() == new_result(CONFIG, []).keys()
@@ -164,7 +164,7 @@ def test_a_failure_is_written_with_its_error(tmp_path):
 def test_a_continued_run_starts_with_the_earlier_lines(finished, tmp_path):
     folder = tmp_path / "continued"
     folder.mkdir()
-    report = Report(folder, CONFIG, [])
+    report = RunWriter(folder, CONFIG, [])
     report.start(read_metrics(tmp_path))
     report.epoch(trained(3, 0.8))
     report.finish("completed")

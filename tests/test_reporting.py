@@ -21,14 +21,15 @@ import pytest
 from conftest import TINY, read_metrics
 from omegaconf import OmegaConf
 
+from revtrain.cli.report import main
 from revtrain.conf import compose
-from revtrain.measure.snr import SNR_CEILING_DB
-from revtrain.report import LINE_KEYS, new_result, write_result
-from revtrain.reporting import gather, group_runs, main
-from revtrain.reporting.group import pareto
-from revtrain.reporting.page import EXACT_DB, STYLE, page
-from revtrain.reporting.svg import BOTTOM, LEFT, RIGHT, TOP, Axis
-from revtrain.reporting.tables import comma_separated, markdown, terminal
+from revtrain.numerics.snr import SNR_CEILING_DB
+from revtrain.report.group import group_runs, pareto
+from revtrain.report.page import EXACT_DB, STYLE, page
+from revtrain.report.svg import BOTTOM, LEFT, RIGHT, TOP, Axis
+from revtrain.report.tables import comma_separated, markdown, terminal
+from revtrain.runs.read import gather
+from revtrain.runs.writer import LINE_KEYS, new_result, write_result
 
 LAYERS = {"trunk/2": 140.0, "trunk/1": 130.0, "trunk/0": 90.0}  # as the backward pass meets them
 
@@ -635,7 +636,7 @@ def test_a_file_that_cannot_be_written_is_said(sweep, tmp_path, capsys):
 
 def test_it_answers_without_torch_and_hydra(sweep):
     code = (
-        "import sys; from revtrain.reporting import main; code = main(sys.argv[1:]);"
+        "import sys; from revtrain.cli.report import main; code = main(sys.argv[1:]);"
         "heavy = {'torch', 'numpy', 'hydra', 'omegaconf', 'tensorboard', 'matplotlib'} & set(sys.modules);"
         "assert code == 0 and not heavy, heavy"
     )
@@ -646,7 +647,7 @@ def test_it_answers_without_torch_and_hydra(sweep):
 
 
 def test_a_reader_that_goes_away_is_no_error(sweep):
-    code = "import sys; from revtrain.reporting import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from revtrain.cli.report import main; sys.exit(main(sys.argv[1:]))"
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(sweep)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

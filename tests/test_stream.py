@@ -5,12 +5,12 @@ import torch
 from cases import compose, prenorm
 from torch import nn
 
-from revtrain.chain import InvertibleChain, observe
+from revtrain.core.chain import InvertibleChain, observe
+from revtrain.core.state_format import STREAMS, StateFormat
 from revtrain.errors import RevtrainError
 from revtrain.layers import AdditiveCoupling, ChannelPooling, InvertibleLeakyReLU
-from revtrain.measure import probe_snr, stream_overflows
 from revtrain.models import build_model
-from revtrain.stream import STREAMS, Stream
+from revtrain.numerics.snr import probe_snr, stream_overflows
 
 INTEGERS = ["int32", "int16"]
 CHUNK = 2**20
@@ -22,7 +22,7 @@ def values(scale=1.0, dtype=torch.float32):
 
 @pytest.mark.parametrize("name", [*INTEGERS, "float32"])
 def test_values_are_rounded_to_the_grid_and_read_back(name):
-    stream = Stream(name)
+    stream = StateFormat(name)
     state, _ = stream.encode(stream.snap(values()), CHUNK)
     read = stream.decode(state)
     assert read.dtype == torch.float32
@@ -32,12 +32,12 @@ def test_values_are_rounded_to_the_grid_and_read_back(name):
 
 @pytest.mark.parametrize(("name", "element_bytes"), [("float32", 4), ("int32", 4), ("int16", 2)])
 def test_a_state_takes_the_bytes_of_its_format(name, element_bytes):
-    assert Stream(name).encode(values(), CHUNK)[0].element_size() == element_bytes
+    assert StateFormat(name).encode(values(), CHUNK)[0].element_size() == element_bytes
 
 
 @pytest.mark.parametrize("name", INTEGERS)
 def test_sums_are_undone_to_the_last_bit_even_where_they_leave_the_range(name):
-    stream = Stream(name)
+    stream = StateFormat(name)
     start, _ = stream.encode(values(), CHUNK)
     state, lost = start.clone(), 0
     residuals = [values(scale) for scale in (1.0, 0.7 * stream.range, 3.0, 0.9 * stream.range)]
@@ -51,7 +51,7 @@ def test_sums_are_undone_to_the_last_bit_even_where_they_leave_the_range(name):
 
 @pytest.mark.parametrize("name", INTEGERS)
 def test_what_leaves_the_range_is_counted_one_by_one(name):
-    stream = Stream(name)
+    stream = StateFormat(name)
     inside, outside = stream.range - 1, stream.range + 1
     state = torch.zeros(1, 1, 1, 6, dtype=stream.dtype)
     residual = torch.tensor([inside, -inside, outside, -outside, float("nan"), float("inf")]).view(1, 1, 1, 6)
@@ -62,7 +62,7 @@ def test_what_leaves_the_range_is_counted_one_by_one(name):
 
 
 def chain_of(name, blocks=3, scale=0.3):
-    stream = Stream(name)
+    stream = StateFormat(name)
     torch.manual_seed(0)
     layers = [AdditiveCoupling(4, prenorm(2), prenorm(2), scale=scale, stream=stream) for _ in range(blocks)]
     return InvertibleChain([*layers, ChannelPooling()], stream=stream)
@@ -102,7 +102,7 @@ def test_overflows_are_counted_where_they_happen(name):
 
 
 def test_a_floating_point_stream_is_exact_up_to_its_range_and_no_further():
-    stream = Stream("float32")
+    stream = StateFormat("float32")
     below, beyond = torch.tensor([stream.range - 1.0]), torch.tensor([2 * stream.range])
     step = torch.tensor([2.0**-stream.bits])
     for state, exact in ((below, True), (beyond, False)):
@@ -243,10 +243,14 @@ def test_a_plain_stream_stays_in_float32_under_autocast():
 @pytest.mark.parametrize(
     ("make", "given", "expected"),
     [
-        (lambda: Stream("int8"), "int8", ", ".join(STREAMS)),
-        (lambda: Stream("int16", 15), "grid_bits=15", "1 to 14"),
-        (lambda: Stream("plain", 8), "grid_bits=8", "null"),
-        (lambda: InvertibleChain([InvertibleLeakyReLU()], stream=Stream("int16")), "InvertibleLeakyReLU", "float32"),
+        (lambda: StateFormat("int8"), "int8", ", ".join(STREAMS)),
+        (lambda: StateFormat("int16", 15), "grid_bits=15", "1 to 14"),
+        (lambda: StateFormat("plain", 8), "grid_bits=8", "null"),
+        (
+            lambda: InvertibleChain([InvertibleLeakyReLU()], stream=StateFormat("int16")),
+            "InvertibleLeakyReLU",
+            "float32",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(make, given, expected):

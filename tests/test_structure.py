@@ -82,7 +82,7 @@ def test_only_the_command_line_imports_hydra(path):
 
 def test_help_answers_without_torch():
     code = (
-        "import sys; from revtrain.cli import main; code = main(['--help']);"
+        "import sys; from revtrain.cli.train import main; code = main(['--help']);"
         "assert code == 0 and 'torch' not in sys.modules, 'torch was imported'"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

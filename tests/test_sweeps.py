@@ -17,11 +17,11 @@ import torch
 from conftest import TINY, read_checkpoint, read_metrics, read_result
 
 import revtrain.data
-from revtrain import sweeps
 from revtrain.conf import compose, sweep_name
-from revtrain.files import write_atomic
-from revtrain.reporting import gather, group_runs
-from revtrain.reporting.read import RUNNING
+from revtrain.machine.files import write_atomic
+from revtrain.report.group import group_runs
+from revtrain.runs import sweeps
+from revtrain.runs.read import RUNNING, gather
 
 EPOCH = re.compile(r"revtrain\.train: epoch +(\d+)/")
 

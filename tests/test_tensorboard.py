@@ -16,8 +16,8 @@ import pytest
 from conftest import TINY, read_result
 from PIL import Image
 
+from revtrain import figures
 from revtrain.conf import compose
-from revtrain.reporting import figures
 
 SECONDS = 120  # for a slow machine: far more than it takes
 RUNS = ("0-slope-0.1", "1-slope-0.3")
@@ -63,7 +63,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    from revtrain.train import train
+    from revtrain.training.run import train
 
     folder = tmp_path_factory.mktemp("sweep") / "runs"
     for name in RUNS:

@@ -13,13 +13,13 @@ import torch
 from cases import compose
 from torch import Tensor, nn
 
-from revtrain.chain import observe
+from revtrain.core.chain import observe
 from revtrain.data import load_data, normalise
 from revtrain.errors import RevtrainError
 from revtrain.layers import BatchPooling, CouplingConv2d, InvertibleBatchNorm2d, InvertibleLeakyReLU
-from revtrain.measure import SNR_CEILING_DB, probe_snr, snr_db
 from revtrain.models import build_model
-from revtrain.theory import (
+from revtrain.numerics.snr import SNR_CEILING_DB, probe_snr, snr_db
+from revtrain.numerics.theory import (
     alpha_batchnorm,
     alpha_batchnorm_toy,
     alpha_coupling,

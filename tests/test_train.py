@@ -20,14 +20,16 @@ from torch import nn
 from torch.nn import functional as F
 
 import revtrain.data
-import revtrain.measure
 import revtrain.models
-from revtrain import device as devices
-from revtrain import files, train
+import revtrain.numerics.snr
+import revtrain.planning.predict
 from revtrain.conf import compose
 from revtrain.errors import RevtrainError
+from revtrain.machine import device as devices
+from revtrain.machine import files
 from revtrain.optim import learning_rate, make_optimizer
-from revtrain.report import LINE_KEYS
+from revtrain.runs.writer import LINE_KEYS
+from revtrain.training import run as train
 
 HYBRID = (*TINY, "arch=hybrid", "depth=1", "width=8")
 
@@ -66,7 +68,7 @@ def test_the_result_has_all_that_the_contract_names(hybrid):
 
 def test_memory_is_that_of_the_device_independent_count(hybrid):
     result, _ = hybrid
-    memory = revtrain.measure.measure_step_memory(compose(HYBRID), 10, 32, 16)
+    memory = revtrain.planning.predict.predict_step_memory(compose(HYBRID), 10, 32, 16)
     assert result["bytes_per_pixel"] == memory.bytes_per_pixel
     assert result["memory_bytes"] == {
         "peak": memory.peak_bytes, "parameters": memory.parameter_bytes, "gradients": memory.gradient_bytes,
@@ -318,8 +320,8 @@ def breaking(monkeypatch, step, how):
     memory = SimpleNamespace(timeline=None, peak_bytes=1000, parameter_bytes=1, gradient_bytes=1, optimizer_bytes=1,
                              activation_bytes=1, bytes_per_pixel=1.0)  # fmt: skip
     monkeypatch.setattr(revtrain.models, "build_model", build)
-    monkeypatch.setattr(revtrain.measure, "measure_step_memory", lambda *args: memory)
-    monkeypatch.setattr(revtrain.measure, "probe_snr", lambda *args: {})
+    monkeypatch.setattr(revtrain.planning.predict, "predict_step_memory", lambda *args: memory)
+    monkeypatch.setattr(revtrain.numerics.snr, "probe_snr", lambda *args: {})
     return built
 
 
@@ -370,7 +372,7 @@ def test_out_of_memory_says_which_batch_would_fit(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(revtrain.data, "load_data", lambda cfg: large)
     monkeypatch.setattr(train, "_fit", no_memory)
-    monkeypatch.setattr(revtrain.measure, "measure_step_memory", linear)
+    monkeypatch.setattr(revtrain.planning.predict, "predict_step_memory", linear)
     monkeypatch.setattr(devices, "available_bytes", lambda device: 1024 * devices.MIB)
     with pytest.raises(RevtrainError) as caught:
         run(tmp_path / "some", "batch=2048", "backward=store")
@@ -409,8 +411,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, content, **keep)
 
-    monkeypatch.setattr("revtrain.checkpoint.write_atomic", fills_up)
-    monkeypatch.setattr("revtrain.report.write_atomic", fills_up)
+    monkeypatch.setattr("revtrain.runs.checkpoint.write_atomic", fills_up)
+    monkeypatch.setattr("revtrain.runs.writer.write_atomic", fills_up)
     with pytest.raises(RevtrainError) as caught:
         run(tmp_path, "epochs=3")
     message = str(caught.value)

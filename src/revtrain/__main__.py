@@ -2,7 +2,7 @@
 
 import sys
 
-from revtrain.cli import main
+from revtrain.cli.train import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,48 +4,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
 
-from revtrain.layers import constrain_
+from revtrain.config import Training
+from revtrain.layers import bounds_weights, constrain_
 
 
-def make_optimizer(model: nn.Module, cfg: Any) -> torch.optim.SGD:
-    """SGD with Nesterov momentum. Biases and norm parameters (one dimension) decay only if `cfg` says so.
+def make_optimizer(model: nn.Module, training: Training) -> torch.optim.SGD:
+    """SGD with Nesterov momentum. Biases and norm parameters (one dimension) decay only if it says so.
 
-    After every step, convolutions with a bound on their gain are brought back to it (`cfg.max_gain`).
+    After every step, convolutions with a bound on their gain are brought back to it (`max_gain`).
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.ndim > 1 or cfg.decay_norm_and_bias]
-    spared = [p for p in parameters if not (p.ndim > 1 or cfg.decay_norm_and_bias)]
+    decayed = [p for p in parameters if p.ndim > 1 or training.decay_norm_and_bias]
+    spared = [p for p in parameters if not (p.ndim > 1 or training.decay_norm_and_bias)]
     groups = [
-        {"params": decayed, "weight_decay": cfg.weight_decay},
+        {"params": decayed, "weight_decay": training.weight_decay},
         {"params": spared, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.SGD(
         [group for group in groups if group["params"]],
-        lr=cfg.lr,
-        momentum=cfg.momentum,
-        nesterov=cfg.momentum > 0,
+        lr=training.lr,
+        momentum=training.momentum,
+        nesterov=training.momentum > 0,
     )
-    if cfg.max_gain is not None:
+    if bounds_weights(model):
         optimizer.register_step_post_hook(lambda *_: constrain_(model))
     return optimizer
 
 
-def learning_rate(cfg: Any, steps: int) -> Callable[[int], float]:
+def learning_rate(training: Training, steps: int) -> Callable[[int], float]:
     """The rate of each step, a function of its number alone: that is all a resumed run needs to know.
 
     Args:
-        cfg: `schedule`, `lr` (the highest rate) and `warmup` (the share of steps in which it rises).
+        training: `schedule`, `lr` (the highest rate) and `warmup` (the share of steps in which it rises).
         steps: optimizer steps of the whole run.
 
     Returns:
         A function from the step, 0 to `steps` - 1, to its learning rate.
     """
-    rise = cfg.warmup * steps
+    rise = training.warmup * steps
 
     def progress(step: int) -> float:
         """0 at the end of the rise, 1 one step after the last."""
@@ -70,5 +70,5 @@ def learning_rate(cfg: Any, steps: int) -> Callable[[int], float]:
         return 1.0
 
     shapes = {"triangular": triangular, "cosine": cosine, "onecycle": onecycle, "constant": constant}
-    shape = shapes[cfg.schedule]
-    return lambda step: cfg.lr * shape(step)
+    shape = shapes[training.schedule]
+    return lambda step: training.lr * shape(step)

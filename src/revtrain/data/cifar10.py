@@ -15,29 +15,46 @@ import socket
 import tempfile
 import urllib.error
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torchvision.datasets import CIFAR10
-from torchvision.datasets.utils import download_url, extract_archive
-
-from revtrain.data import Split, user_cache
+from revtrain.config import DataConfig, key
+from revtrain.data import Facts, user_cache
 from revtrain.errors import RevtrainError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torchvision.datasets import CIFAR10
+
+    from revtrain.data import Split
+
+NEEDS = ("torchvision",)
 TIMEOUT_SECONDS = 30.0  # without an answer for so long, the host counts as unreachable
 
 log = logging.getLogger(__name__)
 
 
-def load(cfg: Any) -> tuple[Split, Split, list[str]]:
+@dataclass
+class Settings:
+    """Where the archive is."""
+
+    url: str | None = key(None, "a mirror of the archive")
+
+
+def facts(cfg: DataConfig[Settings]) -> Facts:
+    """All of them."""
+    return Facts(10, cfg.image_size or 32, 50_000)
+
+
+def load(cfg: DataConfig[Settings]) -> tuple[Split, Split, list[str]]:
     """Training set, test set and class names; downloads the archive (170 MB) if `data.root` has none.
 
     Raises:
         RevtrainError: the host cannot be reached, the archive is not CIFAR-10's, the folder is unwritable.
     """
+    from torchvision.datasets import CIFAR10
+
     root = Path(cfg.root).expanduser().absolute() if cfg.root else user_cache() / "cifar10"
     try:
         return _read(root, cfg.image_size)
@@ -45,7 +62,7 @@ def load(cfg: Any) -> tuple[Split, Split, list[str]]:
         pass
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _fetch(root / CIFAR10.filename, cfg.url or CIFAR10.url)
+        _fetch(root / CIFAR10.filename, cfg.own.url or CIFAR10.url)
         _extract(root / CIFAR10.filename)
     except OSError as error:
         raise RevtrainError(
@@ -57,11 +74,17 @@ def load(cfg: Any) -> tuple[Split, Split, list[str]]:
 
 def _read(root: Path, image_size: int | None) -> tuple[Split, Split, list[str]]:
     """The extracted batches, their checksums verified by torchvision (RuntimeError where they fail)."""
+    from torchvision.datasets import CIFAR10
+
     train, test = (CIFAR10(root, train=train, download=False) for train in (True, False))
     return _split(train, image_size), _split(test, image_size), list(train.classes)
 
 
 def _split(source: CIFAR10, image_size: int | None) -> Split:
+    import torch
+
+    from revtrain.data import Split
+
     images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
     if image_size is not None and image_size != images.shape[-1]:
         images = _resize(images, image_size)
@@ -69,12 +92,17 @@ def _split(source: CIFAR10, image_size: int | None) -> Split:
 
 
 def _resize(images: Tensor, image_size: int) -> Tensor:
+    import torch
+    import torch.nn.functional as F
+
     size = (image_size, image_size)
     return torch.cat([F.interpolate(c, size, mode="bilinear", antialias=True) for c in images.split(4096)])
 
 
 def _fetch(archive: Path, url: str) -> None:
     """Leave CIFAR-10's archive at `archive`, its checksum verified; what is there is never replaced."""
+    from torchvision.datasets.utils import download_url
+
     if archive.exists():
         _verify(archive, f"The archive {archive}", "Remove it to download anew")
         return
@@ -103,6 +131,8 @@ def _is_network(error: OSError) -> bool:
 
 
 def _verify(path: Path, what: str, remedy: str) -> None:
+    from torchvision.datasets import CIFAR10
+
     with path.open("rb") as file:
         found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     if found != CIFAR10.tgz_md5:
@@ -114,6 +144,9 @@ def _verify(path: Path, what: str, remedy: str) -> None:
 
 def _extract(archive: Path) -> None:
     """Unpack beside the archive; the folder appears whole, also when two runs do it at once."""
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import extract_archive
+
     folder = archive.parent / CIFAR10.base_folder
     with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".extract-") as scratch:
         extract_archive(os.fspath(archive), scratch)

@@ -15,23 +15,42 @@ import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from revtrain.data import Split, check_room, user_cache
+from revtrain.config import DataConfig
+from revtrain.data import Facts, user_cache
 from revtrain.errors import RevtrainError
 
+if TYPE_CHECKING:
+    import torch
+    from torchvision.datasets import ImageFolder
+
+    from revtrain.data import Split
+
+NEEDS = ("torchvision",)
 CACHE_FORMAT = 1  # part of the hash: raise it when decoding changes
 
 log = logging.getLogger(__name__)
 
 
-def load(cfg: Any) -> tuple[Split, Split, list[str]]:
+def facts(cfg: DataConfig[Any]) -> Facts:
+    """What the configuration says: the folder is not looked at."""
+    return Facts(cfg.classes, cfg.image_size)
+
+
+def check(cfg: DataConfig[Any]) -> None:
+    """Refuse a configuration without a folder."""
+    if not cfg.root:
+        raise RevtrainError(
+            "data=imagefolder was given without data.root.\n"
+            "Add data.root=FOLDER, a folder that holds train/CLASS/* and test/CLASS/*."
+        )
+
+
+def load(cfg: DataConfig[Any]) -> tuple[Split, Split, list[str]]:
     """Training set, test set and class names of the folder `data.root`.
 
     All images must be square and of one size, unless `data.image_size` is given: then the shorter side is
@@ -40,11 +59,7 @@ def load(cfg: Any) -> tuple[Split, Split, list[str]]:
     Raises:
         RevtrainError: missing or empty folders, differing classes, an image that cannot be used.
     """
-    if not cfg.root:
-        raise RevtrainError(
-            "data=imagefolder needs a folder: data.root is null.\n"
-            "Give data.root=PATH, a folder that holds train/CLASS/* and test/CLASS/*."
-        )
+    check(cfg)
     root = Path(cfg.root).expanduser().absolute()
     if not root.is_dir():
         raise RevtrainError(
@@ -66,11 +81,16 @@ def load(cfg: Any) -> tuple[Split, Split, list[str]]:
     if arrays is None:
         arrays = _decode_all(train, test, cfg.image_size)
         _write_cache(cache, arrays)
-    splits = (
-        Split(torch.from_numpy(images), torch.tensor(source.targets))
-        for images, source in zip(arrays, (train, test), strict=True)
-    )
+    splits = (_split(images, source) for images, source in zip(arrays, (train, test), strict=True))
     return *splits, train.classes
+
+
+def _split(images: np.ndarray, source: ImageFolder) -> Split:
+    import torch
+
+    from revtrain.data import Split
+
+    return Split(torch.from_numpy(images), torch.tensor(source.targets))
 
 
 def _listing(folder: Path) -> ImageFolder:
@@ -79,6 +99,8 @@ def _listing(folder: Path) -> ImageFolder:
             f"There is no folder {folder}.\nThe folder data.root must hold train/CLASS/* and test/CLASS/*."
         )
     try:
+        from torchvision.datasets import ImageFolder
+
         return ImageFolder(folder)
     except FileNotFoundError as error:  # no class folders, or some without an image
         raise RevtrainError(
@@ -107,6 +129,8 @@ def load_labelled(folder: str | Path, image_size: int) -> tuple[Split, list[str]
     if not root.is_dir():
         raise RevtrainError(f"There is no folder {root}.\nGive one that holds test/CLASS/* or CLASS/*.")
     try:
+        from torchvision.datasets import ImageFolder
+
         source = ImageFolder(root)
     except FileNotFoundError as error:
         raise RevtrainError(
@@ -116,7 +140,7 @@ def load_labelled(folder: str | Path, image_size: int) -> tuple[Split, list[str]
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         images = _decode(source, image_size, True, pool)
-    return Split(torch.from_numpy(images), torch.tensor(source.targets)), source.classes
+    return _split(images, source), source.classes
 
 
 def image_files(folder: str | Path) -> list[Path]:
@@ -128,6 +152,8 @@ def image_files(folder: str | Path) -> list[Path]:
     root = Path(folder).expanduser()
     if root.is_file():
         return [root]
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
     found = sorted(each for each in root.rglob("*") if each.suffix.lower() in IMG_EXTENSIONS and each.is_file())
     if not found:
         what = "holds no images" if root.is_dir() else "is no folder"
@@ -143,6 +169,8 @@ def read_image(path: str | Path, image_size: int) -> torch.Tensor:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
+        import torch
+
         return torch.from_numpy(_pixels(str(path), image_size, resize=True).copy())
 
 
@@ -159,6 +187,8 @@ def _decode_all(train: ImageFolder, test: ImageFolder, image_size: int | None) -
 
 
 def _decode(source: ImageFolder, side: int, resize: bool, pool: ThreadPoolExecutor) -> np.ndarray:
+    from revtrain.data import check_room
+
     check_room(len(source), side, source.root)
     images = np.empty((len(source), 3, side, side), np.uint8)
 

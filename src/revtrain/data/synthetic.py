@@ -10,13 +10,17 @@ Coordinates: the image spans -1..1 in both directions; a shape, in its own frame
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from revtrain.data import Split, check_room
+from revtrain.config import DataConfig, key
+from revtrain.data import Facts
 from revtrain.errors import RevtrainError
+
+if TYPE_CHECKING:
+    from revtrain.data import Split
 
 IMAGE_SIZE = 32
 HINT = (0.0, 0.7)  # least and greatest share of the class's colour in the colour of a shape
@@ -93,23 +97,42 @@ SHAPES = (disc, ring, square, triangle, star, cross, moon, bars, dots, checker)
 # ---- drawing ---------------------------------------------------------------------------------------------
 
 
-def load(cfg: Any) -> tuple[Split, Split, list[str]]:
+@dataclass
+class Settings:
+    """How many images are drawn, and which."""
+
+    train_images: int = key(10_000, "how many training images are drawn", at_least=1)
+    test_images: int = key(2_000, "how many test images are drawn", at_least=1)
+    seed: int = key(0, "of the images", at_least=0, at_most=2**63 - 1)
+
+
+def facts(cfg: DataConfig[Settings]) -> Facts:
+    """All of them."""
+    return Facts(len(SHAPES), cfg.image_size or IMAGE_SIZE, cfg.own.train_images)
+
+
+def load(cfg: DataConfig[Settings]) -> tuple[Split, Split, list[str]]:
     """`train_images` and `test_images` images of `image_size` (default 32), from disjoint random streams.
 
     Raises:
         RevtrainError: too few images, a negative seed, or a size below 16 pixels.
     """
+
+    from revtrain.data import check_room
+
     size = cfg.image_size or IMAGE_SIZE
     if size < 16:
         raise RevtrainError(f"data.image_size={size} is too small for the synthetic shapes.\nGive 16 or more.")
-    if cfg.seed < 0:
-        raise RevtrainError(f"data.seed={cfg.seed} is negative.\nGive 0 or more.")
+    if cfg.own.seed < 0:
+        raise RevtrainError(f"data.seed={cfg.own.seed} is negative.\nGive 0 or more.")
     for name in ("train_images", "test_images"):
-        if getattr(cfg, name) < len(SHAPES):
-            raise RevtrainError(f"data.{name}={getattr(cfg, name)} leaves a class empty.\nGive {len(SHAPES)} or more.")
-    check_room(cfg.train_images + cfg.test_images, size, "data.train_images and data.test_images")
-    train_stream, test_stream = np.random.default_rng(cfg.seed).spawn(2)
-    train, test = draw(cfg.train_images, size, train_stream), draw(cfg.test_images, size, test_stream)
+        if getattr(cfg.own, name) < len(SHAPES):
+            raise RevtrainError(
+                f"data.{name}={getattr(cfg.own, name)} leaves a class empty.\nGive {len(SHAPES)} or more."
+            )
+    check_room(cfg.own.train_images + cfg.own.test_images, size, "data.train_images and data.test_images")
+    train_stream, test_stream = np.random.default_rng(cfg.own.seed).spawn(2)
+    train, test = draw(cfg.own.train_images, size, train_stream), draw(cfg.own.test_images, size, test_stream)
     return train, test, [shape.__name__ for shape in SHAPES]
 
 
@@ -119,6 +142,10 @@ def draw(count: int, size: int, rng: np.random.Generator) -> Split:
     images = np.empty((count, 3, size, size), np.uint8)
     for start in range(0, count, CHUNK):
         images[start : start + CHUNK] = _draw_chunk(labels[start : start + CHUNK], size, rng)
+    import torch
+
+    from revtrain.data import Split
+
     return Split(torch.from_numpy(images), torch.from_numpy(labels))
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from revtrain.errors import RevtrainError
 from revtrain.inference.restore import Trained, own_data
-from revtrain.reporting.tables import clean
+from revtrain.report.tables import clean
 
 SHOWN_CLASSES = 20  # a matrix of more does not fit a terminal
 
@@ -76,7 +76,7 @@ class Evaluation:
 
         Raises `RevtrainError` without matplotlib.
         """
-        from revtrain.reporting.figures import confusion_figure
+        from revtrain.figures import confusion_figure
 
         title = f"{100 * self.accuracy:.2f} % of {self.images:,} images"
         confusion_figure(self.confusion.tolist(), self.classes, title).savefig(path)

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from revtrain import __version__
 from revtrain.errors import RevtrainError
-from revtrain.files import write_atomic
 from revtrain.inference.restore import Trained
+from revtrain.machine.files import write_atomic
 
 TOLERANCE = 1e-5  # of logits, relative where they are greater than one
 INPUT, OUTPUT = "images", "logits"

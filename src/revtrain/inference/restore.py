@@ -11,12 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
-from revtrain import checkpoint
-from revtrain import device as devices
-from revtrain.config import Config, validate
+from revtrain.config import flat, read
 from revtrain.data import normalise
 from revtrain.errors import RevtrainError
+from revtrain.machine import device as devices
 from revtrain.models import build_model
+from revtrain.runs import checkpoint
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,7 @@ def restore(path: str | Path, device: str = "cpu") -> Trained:
     path = Path(path) / checkpoint.NAME if Path(path).is_dir() else Path(path)
     chosen = devices.choose_device(device)
     try:
-        cfg = OmegaConf.merge(OmegaConf.structured(Config), state["config"], {"resume": None, "experiment": None})
-        validate(cfg)
+        cfg = OmegaConf.create(flat(read({**state["config"], "resume": None, "experiment": None}, stored=True)))
         names, size, mean, std = _meaning(state, cfg, path)
         model = build_model(cfg, len(names), size)
         model.load_state_dict(state["model"])
@@ -98,7 +97,7 @@ def own_data(cfg: DictConfig, path: Path) -> Any:
     from revtrain.data import load_data
 
     try:
-        return load_data(cfg.data)
+        return load_data(read(cfg).data)
     except RevtrainError as error:
         raise RevtrainError(f"{path}: the data set of this run cannot be read.\n{error}") from error
 

@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from revtrain.core.gradients import Gradients
+from revtrain.core.layer import InvertibleLayer
+from revtrain.core.pieces import batch_pieces
 from revtrain.errors import RevtrainError
-from revtrain.invertible import Gradients, InvertibleLayer, batch_chunks
 
 
 class InvertibleLeakyReLU(InvertibleLayer):
@@ -38,14 +40,14 @@ class InvertibleLeakyReLU(InvertibleLayer):
     def forward_(self, x: Tensor) -> tuple[Tensor, None]:
         return F.leaky_relu_(x, self.slope), None
 
-    def replay_(self, x: Tensor, saved: None) -> Tensor:
+    def recompute_(self, x: Tensor, saved: None) -> Tensor:
         return F.leaky_relu_(x, self.slope)
 
-    def replay_to_walk_back_(self, x: Tensor, saved: None) -> tuple[Tensor, Tensor]:
+    def recompute_for_backward_(self, x: Tensor, saved: None) -> tuple[Tensor, Tensor]:
         # A rebuilt y may have crossed zero, and one crossing changes a gradient by a finite amount. Inside a block
         # the true signs are at hand; they cost a bit an element for as long as the block is walked back.
-        signs = torch.cat([_pack(x[sl] < 0) for sl in batch_chunks(x, self.chunk_bytes)])
-        return self.replay_(x, None), signs
+        signs = torch.cat([_pack(x[sl] < 0) for sl in batch_pieces(x, self.piece_bytes)])
+        return self.recompute_(x, None), signs
 
     def inverse_(self, y: Tensor, saved: Tensor | None) -> Tensor:
         return F.leaky_relu_(y, 1 / self.slope)
@@ -55,7 +57,7 @@ class InvertibleLeakyReLU(InvertibleLayer):
             torch.ops.aten.leaky_relu_backward(dy, y, self.slope, True, grad_input=dy)
         else:
             start = 0
-            for sl in batch_chunks(y, self.chunk_bytes):
+            for sl in batch_pieces(y, self.piece_bytes):
                 count = y[sl].numel()
                 end = start + -(-count // 8)
                 negative = _unpack(saved[start:end], count).view(y[sl].shape)

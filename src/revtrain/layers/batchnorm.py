@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from revtrain.core.gradients import Gradients
+from revtrain.core.layer import InvertibleLayer
+from revtrain.core.pieces import batch_pieces
 from revtrain.errors import RevtrainError
-from revtrain.invertible import Gradients, InvertibleLayer, batch_chunks
 from revtrain.layers.collective import all_sum, processes
 
 SIGNS = ("positive", "mixed", "negative")
@@ -79,9 +81,9 @@ class InvertibleBatchNorm2d(InvertibleLayer):
     def forward(self, x: Tensor) -> Tensor:
         # The operations of forward_, in the same order: both backward modes compute the same bits.
         if self.training:
-            mean = channel_mean(x, self.chunk_bytes, self.group)
+            mean = channel_mean(x, self.piece_bytes, self.group)
             centred = x - mean
-            variance = channel_mean_of_squares(centred, self.chunk_bytes, self.group)
+            variance = channel_mean_of_squares(centred, self.piece_bytes, self.group)
             self._update_running_statistics(mean, variance, self._count(x))
         else:
             mean, variance = _per_channel(self.running_mean), _per_channel(self.running_var)
@@ -94,15 +96,15 @@ class InvertibleBatchNorm2d(InvertibleLayer):
         if not self.training:
             deviation = torch.sqrt(self.running_var + self.eps)
             saved = Normalisation(_per_channel(self.running_mean.clone()), _per_channel(deviation), False)
-            return self.replay_(x, saved), saved
-        mean = channel_mean(x, self.chunk_bytes, self.group)
+            return self.recompute_(x, saved), saved
+        mean = channel_mean(x, self.piece_bytes, self.group)
         x.sub_(mean)
-        variance = channel_mean_of_squares(x, self.chunk_bytes, self.group)
+        variance = channel_mean_of_squares(x, self.piece_bytes, self.group)
         self._update_running_statistics(mean, variance, self._count(x))
         saved = Normalisation(mean, torch.sqrt(variance + self.eps), True)
         return self._scale_(x, saved), saved
 
-    def replay_(self, x: Tensor, saved: Normalisation) -> Tensor:
+    def recompute_(self, x: Tensor, saved: Normalisation) -> Tensor:
         return self._scale_(x.sub_(saved.mean), saved)
 
     def inverse_(self, y: Tensor, saved: Normalisation) -> Tensor:
@@ -112,11 +114,11 @@ class InvertibleBatchNorm2d(InvertibleLayer):
     def backward_(self, y: Tensor, dy: Tensor, saved: Normalisation, grads: Gradients) -> tuple[Tensor, Tensor]:
         gain, bias = self._gain_and_bias(saved)
         xhat = y.sub_(bias).div_(gain)
-        dbias, dgain = _sums_for_affine(xhat, dy, self.chunk_bytes)
+        dbias, dgain = _sums_for_affine(xhat, dy, self.piece_bytes)
         if saved.of_batch:  # through the mean and the variance, too
             count = self._count(y)
             sum_dy, sum_dy_xhat = all_sum(torch.stack([dbias, dgain]), self.group)
-            for sl in batch_chunks(dy, self.chunk_bytes):
+            for sl in batch_pieces(dy, self.piece_bytes):
                 dy[sl].sub_(xhat[sl] * (sum_dy_xhat / count)).sub_(sum_dy / count)
         dy.mul_(gain / saved.deviation)
         grads.add(self.bias, dbias.flatten())
@@ -153,18 +155,18 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def channel_mean(x: Tensor, chunk_bytes: int, group: Any = None) -> Tensor:
+def channel_mean(x: Tensor, piece_bytes: int, group: Any = None) -> Tensor:
     """Mean over B, H, W of x (B, C, H, W) and the processes of `group`: (1, C, 1, 1), in float32 or better, chunk by
     chunk."""
     dtype = statistics_dtype(x)
-    sums = [x[sl].sum((0, 2, 3), keepdim=True, dtype=dtype) for sl in batch_chunks(x, chunk_bytes)]
+    sums = [x[sl].sum((0, 2, 3), keepdim=True, dtype=dtype) for sl in batch_pieces(x, piece_bytes)]
     return _combine(sums, x, dtype, group)
 
 
-def channel_mean_of_squares(x: Tensor, chunk_bytes: int, group: Any = None) -> Tensor:
+def channel_mean_of_squares(x: Tensor, piece_bytes: int, group: Any = None) -> Tensor:
     """Mean of x^2 over B, H, W and `group`: (1, C, 1, 1). Of a centred x this is the biased variance."""
     dtype = statistics_dtype(x)
-    sums = [x[sl].to(dtype).square().sum((0, 2, 3), keepdim=True) for sl in batch_chunks(x, chunk_bytes)]
+    sums = [x[sl].to(dtype).square().sum((0, 2, 3), keepdim=True) for sl in batch_pieces(x, piece_bytes)]
     return _combine(sums, x, dtype, group)
 
 
@@ -175,12 +177,12 @@ def _combine(sums: list[Tensor], x: Tensor, dtype: torch.dtype, group: Any) -> T
     return (all_sum(torch.stack(sums).to(wide).sum(0), group) / count).to(dtype)
 
 
-def _sums_for_affine(xhat: Tensor, dy: Tensor, chunk_bytes: int) -> tuple[Tensor, Tensor]:
+def _sums_for_affine(xhat: Tensor, dy: Tensor, piece_bytes: int) -> tuple[Tensor, Tensor]:
     """(sum of dy, sum of dy * xhat) over B, H, W, each (1, C, 1, 1): the gradients of bias and gain."""
     dtype = statistics_dtype(dy)
     dbias = torch.zeros(1, dy.shape[1], 1, 1, dtype=dtype, device=dy.device)
     dgain = torch.zeros_like(dbias)
-    for sl in batch_chunks(dy, chunk_bytes):
+    for sl in batch_pieces(dy, piece_bytes):
         dbias += dy[sl].sum((0, 2, 3), keepdim=True, dtype=dtype)
         dgain += (dy[sl] * xhat[sl]).sum((0, 2, 3), keepdim=True, dtype=dtype)
     return dbias, dgain

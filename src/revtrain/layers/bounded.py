@@ -62,6 +62,11 @@ class BoundedConv2d(nn.Conv2d):
         self.weight.mul_((self.max_gain / gain).clamp_max(1.0))
 
 
+def bounds_weights(model: nn.Module) -> bool:
+    """Whether any module of `model` has a bound to keep."""
+    return any(isinstance(module, BoundedConv2d) and module.max_gain is not None for module in model.modules())
+
+
 def constrain_(model: nn.Module) -> None:
     """Let every module of `model` that bounds its weights do so; to be called after each step of an optimizer."""
     for module in model.modules():

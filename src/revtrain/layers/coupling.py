@@ -16,18 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revtrain.core.gradients import Gradients
+from revtrain.core.layer import InvertibleLayer
+from revtrain.core.state_format import PLAIN, StateFormat
 from revtrain.errors import RevtrainError
-from revtrain.invertible import Gradients, InvertibleLayer
 from revtrain.layers.bounded import BoundedConv2d
-from revtrain.layers.branches import (
-    Branch,
-    RecomputedBranch,
-    Residual,
-    WalkedBackBranch,
-    convolution_format,
-)
-from revtrain.layers.prenorm import NormalisedBranch, PreNorm
-from revtrain.stream import PLAIN, Stream
+from revtrain.layers.prenorm import PreNorm, PreNormPass
+from revtrain.layers.residual_pass import LayerwisePass, RecomputedPass, ResidualPass, ResidualSum, convolution_format
 
 
 class AdditiveCoupling(InvertibleLayer):
@@ -56,7 +51,7 @@ class AdditiveCoupling(InvertibleLayer):
         g: nn.Module,
         per_sample: bool = False,
         scale: float = 1.0,
-        stream: Stream = PLAIN,
+        stream: StateFormat = PLAIN,
         channels_last: bool = False,
     ):
         super().__init__()
@@ -66,7 +61,7 @@ class AdditiveCoupling(InvertibleLayer):
                 f"Expected an even number: {channels + 1} or {max(2, channels - 1)}, say (see `width`)."
             )
         self.channels, self.per_sample, self.channels_last = channels, per_sample, channels_last
-        self.residual = Residual(scale, stream)
+        self.residual = ResidualSum(scale, stream)
         self.f, self.g = f, g
         self.passes_integers = stream.is_integer
         if stream.bits is not None:
@@ -85,26 +80,26 @@ class AdditiveCoupling(InvertibleLayer):
 
     def forward_(self, x: Tensor) -> tuple[Tensor, Any]:
         x1, x2 = self._halves(x)
-        saved_f = self._branch(self.f, x).add_(x2, x1)
-        saved_g = self._branch(self.g, x).add_(x1, x2)
+        saved_f = self._pass_through(self.f, x).add_(x2, x1)
+        saved_g = self._pass_through(self.g, x).add_(x1, x2)
         return x, (saved_f, saved_g)
 
-    def replay_(self, x: Tensor, saved: Any) -> Tensor:
+    def recompute_(self, x: Tensor, saved: Any) -> Tensor:
         x1, x2 = self._halves(x)
-        self._branch(self.f, x).replay_(x2, x1, saved[0], sign=1)
-        self._branch(self.g, x).replay_(x1, x2, saved[1], sign=1)
+        self._pass_through(self.f, x).recompute_(x2, x1, saved[0], sign=1)
+        self._pass_through(self.g, x).recompute_(x1, x2, saved[1], sign=1)
         return x
 
     def inverse_(self, y: Tensor, saved: Any) -> Tensor:
         y1, y2 = self._halves(y)
-        self._branch(self.g, y).replay_(y1, y2, saved[1], sign=-1)
-        self._branch(self.f, y).replay_(y2, y1, saved[0], sign=-1)
+        self._pass_through(self.g, y).recompute_(y1, y2, saved[1], sign=-1)
+        self._pass_through(self.f, y).recompute_(y2, y1, saved[0], sign=-1)
         return y
 
     def backward_(self, y: Tensor, dy: Tensor, saved: Any, grads: Gradients) -> tuple[Tensor, Tensor]:
         (y1, y2), (dy1, dy2) = self._halves(y), self._halves(dy)
-        self._branch(self.g, y).undo_(y1, y2, dy1, dy2, saved[1], grads)  # y2 becomes x2; dy1 is complete
-        self._branch(self.f, y).undo_(y2, y1, dy2, dy1, saved[0], grads)  # y1 becomes x1; dy2 is complete
+        self._pass_through(self.g, y).undo_(y1, y2, dy1, dy2, saved[1], grads)  # y2 becomes x2; dy1 is complete
+        self._pass_through(self.f, y).undo_(y2, y1, dy2, dy1, saved[0], grads)  # y1 becomes x1; dy2 is complete
         return y, dy
 
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,13 +110,13 @@ class AdditiveCoupling(InvertibleLayer):
     def _memory_format(self, x: Tensor) -> torch.memory_format:
         return convolution_format(x) if self.channels_last else torch.contiguous_format
 
-    def _branch(self, function: nn.Module, x: Tensor) -> Branch:
-        common = (function, self.residual, self.chunk_bytes, getattr(self, "overflows", None), self._memory_format(x))
+    def _pass_through(self, function: nn.Module, x: Tensor) -> ResidualPass:
+        common = (function, self.residual, self.piece_bytes, getattr(self, "overflows", None), self._memory_format(x))
         if isinstance(function, PreNorm):
-            return NormalisedBranch(*common)
+            return PreNormPass(*common)
         if isinstance(function, InvertibleLayer):
-            return WalkedBackBranch(*common)
-        return RecomputedBranch(*common, self.per_sample)
+            return LayerwisePass(*common)
+        return RecomputedPass(*common, self.per_sample)
 
 
 class CouplingConv2d(AdditiveCoupling):

@@ -18,8 +18,10 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from revtrain.core.gradients import Gradients
+from revtrain.core.layer import InvertibleLayer
+from revtrain.core.pieces import batch_pieces
 from revtrain.errors import RevtrainError
-from revtrain.invertible import Gradients, InvertibleLayer, batch_chunks
 
 
 class _PermutingPool(InvertibleLayer):
@@ -38,11 +40,11 @@ class _PermutingPool(InvertibleLayer):
         return self._unpool(y)
 
     def forward_(self, x: Tensor) -> tuple[Tensor, None]:
-        return self.replay_(x, None), None
+        return self.recompute_(x, None), None
 
-    def replay_(self, x: Tensor, saved: None) -> Tensor:
+    def recompute_(self, x: Tensor, saved: None) -> Tensor:
         x = x.contiguous()
-        for sl in batch_chunks(x, self.chunk_bytes):
+        for sl in batch_pieces(x, self.piece_bytes):
             pooled = self.forward(x[sl])
             x[sl].view(-1).copy_(pooled.reshape(-1))
         return x.view(x.shape[0] * pooled.shape[0] // (sl.stop - sl.start), *pooled.shape[1:])
@@ -51,7 +53,7 @@ class _PermutingPool(InvertibleLayer):
         y = y.contiguous()
         images = self._images(y)
         flat = y.view(images, y.numel() // images)
-        for sl in batch_chunks(flat, self.chunk_bytes):
+        for sl in batch_pieces(flat, self.piece_bytes):
             unpooled = self._unpool(flat[sl].view(-1, *y.shape[1:]))
             flat[sl].view(-1).copy_(unpooled.reshape(-1))
         return y.view(images, *unpooled.shape[1:])

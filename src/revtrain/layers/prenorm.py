@@ -2,7 +2,7 @@
 
 F(x) = body(BN(x)), where body treats each sample on its own (convolutions, any activation, group norm, ...). Only
 the BN looks at the whole batch, and it looks at x, which the coupling has at hand. Its gradient is linear in two
-sums over the batch (see `ChunkedNorm`), so one pass over chunks of the batch does all the work: it recomputes body,
+sums over the batch (see `NormOverPieces`), so one pass over chunks of the batch does all the work: it recomputes body,
 takes it off the target, passes the gradient on and collects the sums. Nothing inside F is ever alive but for one
 chunk of the batch, whatever its width and depth, and body is computed once more in all.
 """
@@ -14,16 +14,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from revtrain.invertible import MIB, batch_chunks, stand_ins
-from revtrain.layers.branches import (
-    Branch,
-    RandomState,
-    floating_dtype,
-    random_state,
-    run_noting_random_state,
-    undo_chunk,
-)
-from revtrain.layers.chunked_norm import ChunkedNorm, Statistics, normalise
+from revtrain.core.gradients import stand_ins
+from revtrain.core.pieces import MIB, batch_pieces
+from revtrain.core.random_state import RandomState, random_state, run_noting_random_state
+from revtrain.layers.norm_pieces import NormOverPieces, Statistics, normalise
+from revtrain.layers.residual_pass import ResidualPass, floating_dtype, undo_piece
 
 
 class PreNorm(nn.Module):
@@ -35,7 +30,7 @@ class PreNorm(nn.Module):
             statistics inside. Dropout is replayed exactly.
     """
 
-    chunk_bytes: int = 2 * MIB
+    piece_bytes: int = 2 * MIB
 
     def __init__(self, channels: int, body: nn.Module):
         super().__init__()
@@ -43,27 +38,27 @@ class PreNorm(nn.Module):
         self.body = body
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.body(normalise(x, self.norm, self.chunk_bytes))
+        return self.body(normalise(x, self.norm, self.piece_bytes))
 
 
-class NormalisedBranch(Branch):
+class PreNormPass(ResidualPass):
     """`target` +/- s body(BN(`source`)), one chunk of the batch at a time."""
 
     def add_(self, source: Tensor, target: Tensor) -> tuple[Statistics, list[RandomState | None]]:
         norm, states = self._norm(source), []
         for sl in norm.chunks:
             result, state = run_noting_random_state(self.function.body, norm.normalised(sl))
-            self.residual.add_(target[sl], result, 1, self.chunk_bytes, self.overflows)
+            self.residual.add_(target[sl], result, 1, self.piece_bytes, self.overflows)
             states.append(state)
         return norm.statistics, states
 
-    def replay_(self, source: Tensor, target: Tensor, saved: Any, sign: int) -> None:
+    def recompute_(self, source: Tensor, target: Tensor, saved: Any, sign: int) -> None:
         statistics, states = saved
         norm = self._norm(source, statistics)
         for sl, state in zip(norm.chunks, states, strict=True):
             with random_state(state, source.device):
                 result = self.function.body(norm.normalised(sl))
-            self.residual.add_(target[sl], result, sign, self.chunk_bytes)
+            self.residual.add_(target[sl], result, sign, self.piece_bytes)
 
     def undo_(self, source, target, dsource, dtarget, saved, grads):
         statistics, states = saved
@@ -72,8 +67,8 @@ class NormalisedBranch(Branch):
         with stand_ins(body, parameters) as leaves:
             for sl, state in zip(norm.chunks, states, strict=True):
                 leaf = norm.normalised(sl).requires_grad_()
-                du, gradients = undo_chunk(
-                    body, self.residual, leaf, target[sl], dtarget[sl], state, leaves, self.chunk_bytes
+                du, gradients = undo_piece(
+                    body, self.residual, leaf, target[sl], dtarget[sl], state, leaves, self.piece_bytes
                 )
                 del leaf
                 norm.add_gradient_(dsource, du, sl)
@@ -82,10 +77,12 @@ class NormalisedBranch(Branch):
                     grads.add(parameters[len(gradients) - 1], gradients.pop())
         norm.finish_(dsource, grads)
 
-    def _norm(self, source: Tensor, statistics: Statistics | None = None) -> ChunkedNorm:
-        return ChunkedNorm(self.function.norm, source, self.view, self._chunks(source), statistics, self.memory_format)
+    def _norm(self, source: Tensor, statistics: Statistics | None = None) -> NormOverPieces:
+        return NormOverPieces(
+            self.function.norm, source, self.view, self._chunks(source), statistics, self.memory_format
+        )
 
     def _chunks(self, source: Tensor) -> Iterator[slice]:
         # By the bytes of what the body reads: the stream itself may be narrower.
         wide = floating_dtype(self.function).itemsize
-        return batch_chunks(source, self.chunk_bytes * source.element_size() // wide)
+        return batch_pieces(source, self.piece_bytes * source.element_size() // wide)

@@ -1,7 +1,7 @@
 """The chunked network: wide residual functions that are never alive as a whole.
 
-Legend: B batch, c = cfg.width, N = cfg.depth blocks in all, stages separated by cfg.pooling, e = cfg.expansion
-of the stage (hidden channels of F per channel of its input; 2, 1, then 1/2 if not given), s = cfg.residual_scale.
+Legend: B batch, c = width, N = depth blocks in all, stages separated by pooling, e = expansion
+of the stage (hidden channels of F per channel of its input; 2, 1, then 1/2 if not given), s = residual_scale.
 
     images (B, 3, 32, 32)
       stem        conv 3x3                           (B, c, 32, 32)
@@ -13,25 +13,51 @@ of the stage (hidden channels of F per channel of its input; 2, 1, then 1/2 if n
       readout     BN, LeakyReLU, mean over pixels, linear   (B, classes)
 
     F, G with h half of the stage's channels:
-      cfg.norm=input    BN, conv 3x3 (h -> e h), activation, conv 3x3 (e h -> h)     over chunks of the batch
-      cfg.norm=hidden   conv 3x3 (h -> e h), BN, activation, conv 3x3 (e h -> h)     over chunks of hidden channels
+      norm=input    BN, conv 3x3 (h -> e h), activation, conv 3x3 (e h -> h)     over chunks of the batch
+      norm=hidden   conv 3x3 (h -> e h), BN, activation, conv 3x3 (e h -> h)     over chunks of hidden channels
 
 Alive in the backward pass: the two states, 2c values a pixel, and scratch of one chunk. A chunk of the batch does
-not grow with the batch; one of k = cfg.hidden_chunk hidden channels takes 2k values a pixel, and k is four times
+not grow with the batch; one of k = hidden_chunk hidden channels takes 2k values a pixel, and k is four times
 as large in a stage with four times the channels on a quarter of the pixels, for the same bytes.
 """
 
 from __future__ import annotations
 
-from torch import nn
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from revtrain.config import CouplingSettings, Network, key
 from revtrain.errors import RevtrainError
-from revtrain.layers import Activation, AdditiveCoupling, ChunkedCoupling, PreNorm
-from revtrain.models.parts import ReversibleNet, build_reversible, stream_of
+from revtrain.models import Images, Traits
+
+if TYPE_CHECKING:
+    from revtrain.layers import PreNorm
+    from revtrain.models.common import ReversibleNet
+
+TRAITS = Traits()
+
+
+@dataclass
+class Settings(CouplingSettings):
+    """Wide residual functions."""
+
+    activation: str = key("relu", "between the convolutions of F", choices=("relu", "gelu", "silu", "leaky_relu"))
+    norm: str = key("input", "BN at the input of F, or between its convolutions: hidden", choices=("input", "hidden"))
+    expansion: list[float] = key([], "hidden channels per channel, for each stage or one for all; []: 2, 1, then 1/2")
+    hidden_chunk: int = key(
+        8,
+        "with norm=hidden: hidden channels alive at a time, at full resolution",
+        at_least=1,
+        remark="hidden channels alive at a time",
+    )
 
 
 def residual(channels: int, hidden: int, activation: str) -> PreNorm:
     """BN, conv, activation, conv: (B, channels, H, W) -> the same shape."""
+    from torch import nn
+
+    from revtrain.layers import Activation, PreNorm
+
     body = nn.Sequential(
         nn.Conv2d(channels, hidden, 3, padding=1),
         Activation(activation, inplace=True),
@@ -42,36 +68,38 @@ def residual(channels: int, hidden: int, activation: str) -> PreNorm:
     return PreNorm(channels, body)
 
 
-def expansions(cfg) -> list[float]:
-    """e of every stage: `cfg.expansion`, one number for all, or none for 2, 1, then 1/2.
+def expansions(network: Network[Settings]) -> list[float]:
+    """e of every stage: `expansion`, one number for all, or none for 2, 1, then 1/2.
 
     Late stages have many channels: narrower functions there keep the weights from exploding.
     Raises `RevtrainError` for another count, or numbers that are not positive.
     """
-    stages, given = len(cfg.pooling) + 1, list(cfg.expansion)
+    stages, given = len(network.pooling) + 1, list(network.own.expansion)
     if not given:
         return [max(0.5, 2.0 ** (1 - stage)) for stage in range(stages)]
     found = given * stages if len(given) == 1 else given
     if len(found) != stages or any(e <= 0 for e in found):
         raise RevtrainError(
-            f"expansion={given} does not fit {stages} stages (pooling={list(cfg.pooling)}).\n"
+            f"expansion={given} does not fit {stages} stages (pooling={list(network.pooling)}).\n"
             f"Expected {stages} positive numbers, one for all stages as in expansion=[1], or none: expansion=[]."
         )
     return found
 
 
-def build(cfg, classes: int, image_size: int) -> ReversibleNet:
-    """`cfg.depth` chunked blocks; see the module's legend."""
-    widths = expansions(cfg)
-    stream = stream_of(cfg)
+def build(network: Network[Settings], images: Images) -> ReversibleNet:
+    """`depth` blocks; see the module's legend."""
+    from revtrain.layers import AdditiveCoupling, HiddenChunkCoupling
+    from revtrain.models.common import build_reversible, state_format
+
+    own, widths, stream = network.own, expansions(network), state_format(network)
 
     def block(channels: int, stage: int):
         half = channels // 2
         hidden = max(1, round(widths[stage] * half))
-        if cfg.norm == "input":
-            f, g = (residual(half, hidden, cfg.activation) for _ in range(2))
-            return [AdditiveCoupling(channels, f, g, scale=cfg.residual_scale, stream=stream, channels_last=True)]
-        chunk = cfg.hidden_chunk * channels // cfg.width
-        return [ChunkedCoupling(channels, hidden, chunk, cfg.activation, scale=cfg.residual_scale, stream=stream)]
+        if own.norm == "input":
+            f, g = (residual(half, hidden, own.activation) for _ in range(2))
+            return [AdditiveCoupling(channels, f, g, scale=own.residual_scale, stream=stream, channels_last=True)]
+        chunk = own.hidden_chunk * channels // network.width
+        return [HiddenChunkCoupling(channels, hidden, chunk, own.activation, scale=own.residual_scale, stream=stream)]
 
-    return build_reversible(cfg, classes, image_size, block, stream)
+    return build_reversible(network, images, block, stream)

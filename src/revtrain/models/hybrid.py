@@ -1,7 +1,7 @@
 """The hybrid network: coupling blocks whose F and G are themselves layer-wise chains.
 
-Legend: B batch, c = cfg.width, N = cfg.depth blocks in all, stages separated by cfg.pooling,
-s = cfg.residual_scale.
+Legend: B batch, c = width, N = depth blocks in all, stages separated by pooling,
+s = residual_scale.
 
     images (B, 3, 32, 32)
       stem        conv 3x3                           (B, c, 32, 32)
@@ -20,48 +20,64 @@ serves inside one block only, at the same time as the gradient. It costs two mor
 
 from __future__ import annotations
 
-from revtrain.chain import InvertibleChain
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from revtrain.config import CouplingSettings, InvertibleSettings, Network
 from revtrain.errors import RevtrainError
-from revtrain.layers import AdditiveCoupling, CouplingConv2d, InvertibleBatchNorm2d, InvertibleLeakyReLU
-from revtrain.models.parts import ReversibleNet, build_reversible, stream_of
+from revtrain.models import Images, Traits
 
-UNITS_PER_BRANCH = 2
+if TYPE_CHECKING:
+    from revtrain.core.chain import InvertibleChain
+    from revtrain.models.common import ReversibleNet
+
+TRAITS = Traits(noise="in blocks")
+UNITS_PER_FUNCTION = 2
 
 
-def build(cfg, classes: int, image_size: int) -> ReversibleNet:
-    """`cfg.depth` hybrid blocks; see the module's legend. Widths must be divisible by four."""
-    if cfg.width % 4:
+@dataclass
+class Settings(CouplingSettings, InvertibleSettings):
+    """Coupling blocks of invertible layers."""
+
+
+def build(network: Network[Settings], images: Images) -> ReversibleNet:
+    """`depth` hybrid blocks; see the module's legend. Widths must be divisible by four."""
+    from revtrain.core.chain import InvertibleChain
+    from revtrain.layers import AdditiveCoupling, CouplingConv2d, InvertibleBatchNorm2d, InvertibleLeakyReLU
+    from revtrain.models.common import build_reversible, state_format
+
+    if network.width % 4:
         raise RevtrainError(
-            f"width={cfg.width} cannot be split twice: a hybrid block halves its channels, and the coupling "
+            f"width={network.width} cannot be split twice: a hybrid block halves its channels, and the coupling "
             f"convolutions inside halve them again.\n"
-            f"Expected a multiple of four, e.g. width={max(4, 4 * round(cfg.width / 4))}."
+            f"Expected a multiple of four, e.g. width={max(4, 4 * round(network.width / 4))}."
         )
 
-    def activation(channels: int):
-        return InvertibleBatchNorm2d(channels, cfg.epsilon_i, sign=cfg.norm_sign), InvertibleLeakyReLU(cfg.slope)
+    own, stream = network.own, state_format(network)
 
-    def branch(channels: int) -> InvertibleChain:
+    def activation(channels: int):
+        return InvertibleBatchNorm2d(channels, own.epsilon_i, sign=own.norm_sign), InvertibleLeakyReLU(network.slope)
+
+    def function(channels: int) -> InvertibleChain:
         layers = [
             layer
-            for _ in range(UNITS_PER_BRANCH)
+            for _ in range(UNITS_PER_FUNCTION)
             for layer in (
                 *activation(channels),
-                CouplingConv2d(channels, init_gain=cfg.init_gain, max_gain=cfg.max_gain),
+                CouplingConv2d(channels, init_gain=own.init_gain, max_gain=own.max_gain),
             )
         ]
-        return InvertibleChain(layers, backward=cfg.backward)
-
-    stream = stream_of(cfg)
+        return InvertibleChain(layers, backward=network.backward)
 
     def block(channels: int, stage: int):
         return [
             AdditiveCoupling(
                 channels,
-                branch(channels // 2),
-                branch(channels // 2),
-                scale=cfg.residual_scale,
+                function(channels // 2),
+                function(channels // 2),
+                scale=own.residual_scale,
                 stream=stream,
             )
         ]
 
-    return build_reversible(cfg, classes, image_size, block, stream)
+    return build_reversible(network, images, block, stream)

@@ -1,7 +1,7 @@
 """iRevNet: reversible blocks with ordinary F and G, and pooling that loses nothing.
 
-Legend: B batch, c = cfg.width, N = cfg.depth blocks in all, stages separated by cfg.pooling,
-s = cfg.residual_scale.
+Legend: B batch, c = width, N = depth blocks in all, stages separated by pooling,
+s = residual_scale.
 
     images (B, 3, 32, 32)
       stem        conv 3x3                           (B, c, 32, 32)
@@ -23,38 +23,39 @@ activations inside one F or G (the local bottleneck).
 
 from __future__ import annotations
 
-from torch import nn
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from revtrain.layers import AdditiveCoupling
-from revtrain.models.parts import ReversibleNet, build_reversible, conv3x3, stream_of
+from revtrain.config import CouplingSettings, Network
+from revtrain.models import Images, Traits
 
+if TYPE_CHECKING:
+    from revtrain.models.common import ReversibleNet
 
-def residual(channels: int) -> nn.Sequential:
-    """Two pre-activated convolutions, (B, channels, H, W) -> the same shape."""
-    return nn.Sequential(
-        nn.BatchNorm2d(channels),
-        nn.ReLU(inplace=True),
-        conv3x3(channels, channels),
-        nn.BatchNorm2d(channels),
-        nn.ReLU(inplace=True),
-        conv3x3(channels, channels),
-    )
+TRAITS = Traits()
 
 
-def build(cfg, classes: int, image_size: int) -> ReversibleNet:
-    """`cfg.depth` reversible blocks in a fully invertible trunk; see the module's legend."""
+@dataclass
+class Settings(CouplingSettings):
+    """Coupling blocks of ordinary functions."""
 
-    stream = stream_of(cfg)
+
+def build(network: Network[Settings], images: Images) -> ReversibleNet:
+    """`depth` reversible blocks in a fully invertible trunk; see the module's legend."""
+    from revtrain.layers import AdditiveCoupling
+    from revtrain.models.common import build_reversible, preactivated, state_format
+
+    stream = state_format(network)
 
     def block(channels: int, stage: int):
         return [
             AdditiveCoupling(
                 channels,
-                residual(channels // 2),
-                residual(channels // 2),
-                scale=cfg.residual_scale,
+                preactivated(channels // 2),
+                preactivated(channels // 2),
+                scale=network.own.residual_scale,
                 stream=stream,
             )
         ]
 
-    return build_reversible(cfg, classes, image_size, block, stream)
+    return build_reversible(network, images, block, stream)

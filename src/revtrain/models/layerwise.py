@@ -1,6 +1,6 @@
 """The layer-wise invertible network: every layer is inverted on its own.
 
-Legend: B batch, c = cfg.width, N = cfg.depth units in all, stages separated by cfg.pooling.
+Legend: B batch, c = width, N = depth units in all, stages separated by pooling.
 
     images (B, 3, 32, 32)
       stem        conv 3x3                           (B, c, 32, 32)
@@ -17,18 +17,35 @@ forward pass; the backward pass lives in that buffer and one gradient of the sam
 
 from __future__ import annotations
 
-from revtrain.layers import CouplingConv2d, InvertibleBatchNorm2d, InvertibleLeakyReLU
-from revtrain.models.parts import ReversibleNet, build_reversible
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from revtrain.config import InvertibleSettings, Network
+from revtrain.models import Images, Traits
+
+if TYPE_CHECKING:
+    from revtrain.models.common import ReversibleNet
+
+TRAITS = Traits(noise="along the chain")
 
 
-def build(cfg, classes: int, image_size: int) -> ReversibleNet:
-    """`cfg.depth` units of coupling convolution, BN and LeakyReLU; see the module's legend."""
+@dataclass
+class Settings(InvertibleSettings):
+    """Every layer is an invertible one."""
+
+
+def build(network: Network[Settings], images: Images) -> ReversibleNet:
+    """`depth` units of coupling convolution, BN and LeakyReLU; see the module's legend."""
+    from revtrain.layers import CouplingConv2d, InvertibleBatchNorm2d, InvertibleLeakyReLU
+    from revtrain.models.common import build_reversible
+
+    own = network.own
 
     def unit(channels: int, stage: int):
         return (
-            CouplingConv2d(channels, init_gain=cfg.init_gain, max_gain=cfg.max_gain),
-            InvertibleBatchNorm2d(channels, cfg.epsilon_i, sign=cfg.norm_sign),
-            InvertibleLeakyReLU(cfg.slope),
+            CouplingConv2d(channels, init_gain=own.init_gain, max_gain=own.max_gain),
+            InvertibleBatchNorm2d(channels, own.epsilon_i, sign=own.norm_sign),
+            InvertibleLeakyReLU(network.slope),
         )
 
-    return build_reversible(cfg, classes, image_size, unit, normalise_last=False)
+    return build_reversible(network, images, unit, normalise_last=False)

@@ -1,6 +1,6 @@
 """ResNet-18 for CIFAR: the baseline that stores the input of every layer.
 
-Legend: B batch, c = cfg.width (64), one stage more than cfg.pooling has entries; every entry is "stride".
+Legend: B batch, c = width (64), one stage more than pooling has entries; every entry is "stride".
 
     images (B, 3, 32, 32)
       stem        conv 3x3, BN, ReLU  (no max-pool)  (B, c, 32, 32)
@@ -16,38 +16,46 @@ nothing here, as there is nothing to invert.
 
 from __future__ import annotations
 
-from torch import nn
-from torchvision.models.resnet import BasicBlock
+from typing import TYPE_CHECKING
 
+from revtrain.config import Network
 from revtrain.errors import RevtrainError
-from revtrain.layers import Readout, check_pooling
-from revtrain.models.parts import conv3x3
-from revtrain.models.revnet import down_sampling
+from revtrain.models import Images, Traits
 
+if TYPE_CHECKING:
+    from torch import nn
+
+TRAITS = Traits(reversible=False)
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
 
-def build(cfg, classes: int, image_size: int) -> nn.Sequential:
+def build(network: Network[None], images: Images) -> nn.Sequential:
     """ResNet of standard depth; see the module's legend. Raises `RevtrainError` for another depth."""
-    if cfg.depth not in BLOCKS:
-        raise RevtrainError(f"depth={cfg.depth} is no standard depth of resnet18.\nExpected depth=18 or depth=34.")
-    if list(cfg.pooling) != ["stride"] * 3:
+    from torch import nn
+    from torchvision.models.resnet import BasicBlock
+
+    from revtrain.layers import Head, check_pooling
+    from revtrain.models.common import conv3x3, down_sampling
+
+    if network.depth not in BLOCKS:
+        raise RevtrainError(f"depth={network.depth} is no standard depth of resnet18.\nExpected depth=18 or depth=34.")
+    if list(network.pooling) != ["stride"] * 3:
         raise RevtrainError(
-            f"pooling={list(cfg.pooling)} does not fit arch=resnet18.\nExpected pooling=[stride,stride,stride]."
+            f"pooling={list(network.pooling)} does not fit arch=resnet18.\nExpected pooling=[stride,stride,stride]."
         )
-    check_pooling(cfg.pooling, image_size)
-    channels = cfg.width
+    check_pooling(network.pooling, images.size)
+    channels = network.width
     stages = []
-    for stage, blocks in enumerate(BLOCKS[cfg.depth]):
+    for stage, blocks in enumerate(BLOCKS[network.depth]):
         first = BasicBlock(channels, channels)
         if stage > 0:
             first = down_sampling(channels, 2 * channels)
             channels *= 2
         stages.append(nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(blocks - 1))))
     model = nn.Sequential(
-        nn.Sequential(conv3x3(3, cfg.width), nn.BatchNorm2d(cfg.width), nn.ReLU(inplace=True)),
+        nn.Sequential(conv3x3(3, network.width), nn.BatchNorm2d(network.width), nn.ReLU(inplace=True)),
         nn.Sequential(*stages),
-        Readout(channels, classes),
+        Head(channels, images.classes),
     )
     for module in model.modules():
         if isinstance(module, nn.Conv2d):  # as torchvision's own ResNet starts

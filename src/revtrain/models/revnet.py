@@ -1,7 +1,7 @@
 """RevNet (Gomez et al. 2017): reversible blocks between residual blocks that halve the image.
 
-Legend: B batch, c = cfg.width, N = cfg.depth reversible blocks in all, one stage more than cfg.pooling has
-entries; every entry is "stride"; s = cfg.residual_scale.
+Legend: B batch, c = width, N = depth reversible blocks in all, one stage more than pooling has
+entries; every entry is "stride"; s = residual_scale.
 
     images (B, 3, 32, 32)
       stem        conv 3x3                           (B, c, 32, 32)
@@ -25,51 +25,47 @@ doubling per pool the first stage peaks.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from revtrain.chain import InvertibleChain
+from revtrain.config import CouplingSettings, Network
 from revtrain.errors import RevtrainError
-from revtrain.layers import AdditiveCoupling, Readout, check_pooling
-from revtrain.models.irevnet import residual
-from revtrain.models.parts import conv3x3, spread_depth, stream_of
+from revtrain.models import Images, Traits
+
+if TYPE_CHECKING:
+    from torch import nn
+
+TRAITS = Traits()
 
 
-class RevNet(nn.Module):
-    """Images (B, 3, H, W) -> logits (B, classes); see the module's legend."""
-
-    def __init__(self, stem: nn.Module, stages: nn.Sequential, head: nn.Module):
-        super().__init__()
-        self.stem, self.stages, self.head = stem, stages, head
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.stages(self.stem(images)))
+@dataclass
+class Settings(CouplingSettings):
+    """Coupling blocks of ordinary functions."""
 
 
-def down_sampling(channels_in: int, channels_out: int) -> BasicBlock:
-    """(B, channels_in, H, W) -> (B, channels_out, H/2, W/2), stored by autograd."""
-    shortcut = nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, 1, stride=2, bias=False), nn.BatchNorm2d(channels_out)
-    )
-    return BasicBlock(channels_in, channels_out, stride=2, downsample=shortcut)
+def build(network: Network[Settings], images: Images) -> nn.Sequential:
+    """`depth` reversible blocks; see the module's legend."""
+    from torch import nn
 
+    from revtrain.core.chain import InvertibleChain
+    from revtrain.layers import AdditiveCoupling, Head, check_pooling
+    from revtrain.models.common import conv3x3, down_sampling, preactivated, spread_depth, state_format
 
-def build(cfg, classes: int, image_size: int) -> RevNet:
-    """`cfg.depth` reversible blocks; see the module's legend."""
-    if cfg.width < 2 or cfg.width % 2:
+    if network.width < 2 or network.width % 2:
         raise RevtrainError(
-            f"width={cfg.width} cannot be split into two equal halves.\n"
-            f"Expected an even number of channels, e.g. width={max(2, cfg.width + cfg.width % 2)}."
+            f"width={network.width} cannot be split into two equal halves.\n"
+            f"Expected an even number of channels, e.g. width={max(2, network.width + network.width % 2)}."
         )
-    if any(kind != "stride" for kind in cfg.pooling):
+    if any(kind != "stride" for kind in network.pooling):
         raise RevtrainError(
-            f"pooling={list(cfg.pooling)} does not fit arch=revnet.\n"
+            f"pooling={list(network.pooling)} does not fit arch=revnet.\n"
             "Expected only stride entries, e.g. pooling=[stride,stride,stride]; invertible pooling is arch=irevnet."
         )
-    check_pooling(cfg.pooling, image_size)
-    channels, stream = cfg.width, stream_of(cfg)
+    check_pooling(network.pooling, images.size)
+    channels, stream, scale = network.width, state_format(network), network.own.residual_scale
     stages: list[nn.Module] = []
-    for stage, blocks in enumerate(spread_depth(cfg.depth, len(cfg.pooling) + 1)):
+    for stage, blocks in enumerate(spread_depth(network.depth, len(network.pooling) + 1)):
         if stage > 0:
             stages.append(down_sampling(channels, 2 * channels))
             channels *= 2
@@ -79,14 +75,18 @@ def build(cfg, classes: int, image_size: int) -> RevNet:
                 InvertibleChain(
                     [
                         AdditiveCoupling(
-                            channels, residual(half), residual(half), scale=cfg.residual_scale, stream=stream
+                            channels,
+                            preactivated(half),
+                            preactivated(half),
+                            scale=scale,
+                            stream=stream,
                         )
                         for _ in range(blocks)
                     ],
-                    backward=cfg.backward,
+                    backward=network.backward,
                     stream=stream,
                     reuse_output=True,  # whoever stored it has done its backward pass by then
                 )
             )
-    head = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True), Readout(channels, classes))
-    return RevNet(conv3x3(3, cfg.width), nn.Sequential(*stages), head)
+    head = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True), Head(channels, images.classes))
+    return nn.Sequential(OrderedDict(stem=conv3x3(3, network.width), stages=nn.Sequential(*stages), head=head))

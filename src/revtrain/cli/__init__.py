@@ -1,0 +1,1 @@
+"""The commands: revtrain, revtrain-report, revtrain-eval, revtrain-export."""

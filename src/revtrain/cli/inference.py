@@ -1,0 +1,175 @@
+"""The command lines `revtrain-eval` and `revtrain-export`.
+
+Exit codes: 0 done, 2 something the user can mend, 130 Ctrl-C. torch is imported after the words were read, so that
+--help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from revtrain.errors import RevtrainError
+from revtrain.machine.files import write_atomic
+from revtrain.report.tables import clean
+
+DONE, MENDABLE, INTERRUPTED = 0, 2, 130
+RUN_HELP = "a run directory, or the last.pt of one"
+
+
+def evaluate_main(argv: Sequence[str] | None = None) -> int:
+    """`revtrain-eval`; `argv` are the words after it, by default those of this process. Returns the exit code."""
+    return _guarded(_evaluate, _evaluate_parser().parse_args(argv))
+
+
+def export_main(argv: Sequence[str] | None = None) -> int:
+    """`revtrain-export`; `argv` are the words after it, by default those of this process. Returns the exit code."""
+    return _guarded(_export, _export_parser().parse_args(argv))
+
+
+# ---- revtrain-eval -----------------------------------------------------------------------------------------
+
+
+def _evaluate_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "revtrain-eval",
+        description="Evaluate a trained network: accuracy in all and by class, and the confusion matrix, on the test "
+        "set of its own run or on another folder; or print what it sees in a folder of images.",
+        epilog="Images are normalised as in training. Exit code: 0 done, 2 something was wrong that you can mend.",
+    )
+    parser.add_argument("run", metavar="RUN_OR_CHECKPOINT", help=RUN_HELP)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--data", metavar="FOLDER", help="evaluate on FOLDER/test/CLASS/*, or FOLDER/CLASS/*")
+    what.add_argument("--images", metavar="FOLDER", help="print class and probability for every image in FOLDER")
+    parser.add_argument("--csv", metavar="FILE", type=Path, help="write the matrix, or the predictions")
+    parser.add_argument("--png", metavar="FILE", type=Path, help="draw the confusion matrix (needs matplotlib)")
+    parser.add_argument("--top", metavar="K", type=_count, default=1, help="with --images: the K most probable (1)")
+    parser.add_argument("--batch", metavar="N", type=_count, help="images at a time (default: as in the run)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (auto)")
+    return parser
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    if args.png is not None:
+        from revtrain.figures import require
+
+        if args.images is not None:
+            raise RevtrainError("--png was given with --images.\nIt draws a confusion matrix: leave --images out.")
+        require(f"--png {args.png}")  # before anything is computed
+    from revtrain.inference.evaluate import evaluate
+    from revtrain.inference.restore import restore
+
+    trained = restore(args.run, args.device)
+    print(f"{clean(trained.path)}: {trained.cfg.arch} after epoch {trained.epoch}", flush=True)
+    if args.images is not None:
+        return _predict(trained, args)
+    evaluation = evaluate(trained, args.data, args.batch)
+    print(f"{clean(evaluation.source)}\n\n{evaluation.table()}", flush=True)
+    if args.csv is not None:
+        _write(args.csv, lambda: write_atomic(args.csv.resolve(), evaluation.comma_separated().encode()))
+    if args.png is not None:
+        _write(args.png, lambda: evaluation.write_picture(args.png))
+    return DONE
+
+
+def _predict(trained, args: argparse.Namespace) -> int:
+    from revtrain.data.imagefolder import image_files
+    from revtrain.inference.predict import predict
+
+    files = image_files(args.images)
+    text, unreadable = io.StringIO(), 0
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["file", "rank", "class", "probability"])
+    folder = Path(args.images).expanduser()
+    names = {path: clean(path.relative_to(folder) if path != folder else path, 60) for path in files}
+    width = max(map(len, names.values()))
+    for each in predict(trained, files, args.top):
+        if each.error is not None:
+            unreadable += 1
+            print(clean(each.error), file=sys.stderr)
+            continue
+        found = "  ".join(f"{clean(name, 30)} {100 * share:.1f} %" for name, share in each.classes)
+        print(f"{names[each.path]:<{width}}  {found}")
+        for rank, (name, share) in enumerate(each.classes, start=1):
+            rows.writerow([each.path, rank, name, f"{share:.6f}"])
+    if args.csv is not None:
+        _write(args.csv, lambda: write_atomic(args.csv.resolve(), text.getvalue().encode(errors="backslashreplace")))
+    if unreadable:
+        raise RevtrainError(
+            f"{unreadable} of {len(files)} files could not be read; they are named above.\nRepair or remove them."
+        )
+    return DONE
+
+
+# ---- revtrain-export ---------------------------------------------------------------------------------------
+
+
+def _export_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "revtrain-export",
+        description="Write a trained network to a file that needs no revtrain: weights (.safetensors), ONNX (.onnx) "
+        "or torch.export (.pt2). Its logits are compared with the network's own first.",
+        epilog="The file takes normalised images (B, 3, H, W), float32; classes, mean and std are in its metadata.",
+    )
+    parser.add_argument("run", metavar="RUN_OR_CHECKPOINT", help=RUN_HELP)
+    parser.add_argument(
+        "--to", metavar="FILE", type=Path, action="append", required=True,
+        help="model.safetensors, model.onnx or model.pt2; may be given several times",
+    )  # fmt: skip
+    return parser
+
+
+def _export(args: argparse.Namespace) -> int:
+    from revtrain.inference.export import export
+    from revtrain.inference.restore import restore
+
+    trained = restore(args.run)
+    for path in args.to:
+        differences: list[float | None] = []
+        _write(path, lambda path=path, into=differences: into.append(export(trained, path)))
+        said = "logits not compared: onnxruntime is not installed"
+        if differences[0] is not None:
+            said = f"logits as the network's own, greatest difference {differences[0]:.2g}"
+        print(f"{clean(path)}: {trained.cfg.arch} after epoch {trained.epoch}, {said}", flush=True)
+    return DONE
+
+
+# ---- what both share ---------------------------------------------------------------------------------------
+
+
+def _guarded(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    for stream in (sys.stdout, sys.stderr):  # a path may hold what the terminal cannot show
+        with suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return command(args)
+    except RevtrainError as error:
+        print(error, file=sys.stderr)
+        return MENDABLE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # as in `revtrain-eval RUN | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+
+
+def _write(path: Path, write: Callable[[], None]) -> None:
+    """Raises `RevtrainError` where the file cannot be written."""
+    try:
+        write()
+    except (OSError, ValueError) as error:  # matplotlib: a suffix that it does not know
+        why = getattr(error, "strerror", None) or error
+        raise RevtrainError(f"{clean(path)} cannot be written: {why}.\nChoose another file or folder.") from error
+    print(f"wrote {clean(path)}", file=sys.stderr)
+
+
+def _count(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} was given; expected a whole number of at least 1")
+    return int(word)

@@ -1,0 +1,100 @@
+"""The command line: `revtrain-report [PATH ...]`.
+
+Exit codes: 0 at least one run was read, 2 none was (or a file could not be written), 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from revtrain.machine.files import write_atomic
+from revtrain.report.group import group_runs
+from revtrain.report.page import page
+from revtrain.report.tables import clean, comma_separated, markdown, terminal
+from revtrain.runs.read import gather
+
+READ, NOTHING, INTERRUPTED = 0, 2, 130
+
+DESCRIPTION = """\
+Gather run directories, in any state, into a table: configurations with their accuracy, memory, SNR and compute
+overhead; runs that differ only in the seed become mean and standard deviation."""
+EPILOG = """\
+Only result.json and metrics.jsonl are read (.hydra/config.yaml where there is no result yet). What cannot be read is
+listed with the reason. Exit code: 0 if at least one run was read, else 2."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: the words after `revtrain-report`; by default those of this process.
+
+    Returns:
+        The exit code, see the head of this module.
+    """
+    args = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # a path may hold what the terminal cannot show
+        with suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return _report(args)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # as in `revtrain-report | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READ
+
+
+def _report(args: argparse.Namespace) -> int:
+    runs, problems = gather(args.paths)
+    groups = group_runs(runs)
+    if not runs:
+        for problem in problems:
+            print(f"{clean(problem.path)}: {clean(problem.reason)}", file=sys.stderr)
+        print(
+            f"No run was read at or below {clean(', '.join(map(str, args.paths)))}; nothing was written.\n"
+            "Expected run directories of revtrain, or folders above them, as in: revtrain-report outputs",
+            file=sys.stderr,
+        )
+        return NOTHING
+    print(terminal(groups, problems), flush=True)
+    wanted = (
+        (args.markdown, lambda: markdown(groups, problems)),
+        (args.csv, lambda: comma_separated(groups)),
+        (args.html, lambda: page(groups, problems, args.paths)),
+    )
+    failed = [_write(path, make()) for path, make in wanted if path is not None].count(False)
+    return NOTHING if failed else READ
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("revtrain-report", description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument(
+        "paths", metavar="PATH", nargs="*", type=Path, default=[Path("outputs")],
+        help="run directories, or folders with such below them (default: outputs)",
+    )  # fmt: skip
+    parser.add_argument("--html", metavar="FILE", type=Path, help="write one page with plots; it needs no network")
+    parser.add_argument("--markdown", metavar="FILE", type=Path, help="write the tables as Markdown")
+    parser.add_argument("--csv", metavar="FILE", type=Path, help="write one line a run, unrounded")
+    return parser
+
+
+def _write(path: Path, text: str) -> bool:
+    """Whether the file was written; if not, why not has been said."""
+    content = text.encode(errors="backslashreplace")
+    try:
+        if path.exists() and not path.is_file():  # /dev/stdout, a pipe
+            path.write_bytes(content)
+        else:
+            write_atomic(path.resolve(), content)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        print(f"{clean(path)} cannot be written: {why}.\nChoose another file or folder.", file=sys.stderr)
+        return False
+    print(f"wrote {clean(path)}", file=sys.stderr)
+    return True

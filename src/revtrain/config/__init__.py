@@ -1,0 +1,44 @@
+"""The configuration: every key stated once (schema.py), read and checked once (door.py).
+
+keys -> schema -> registry -> door -> help. Neither torch nor Hydra is imported.
+"""
+
+from revtrain.config.door import all_keys, expected, flat, flatten, own_keys, read, schema, sections
+from revtrain.config.keys import Key, did_you_mean, key, keys_of
+from revtrain.config.memory_size import parse_memory
+from revtrain.config.schema import (
+    AugmentConfig,
+    Config,
+    CouplingSettings,
+    DataConfig,
+    InvertibleSettings,
+    Machine,
+    Network,
+    ProbeConfig,
+    Training,
+)
+
+__all__ = [
+    "AugmentConfig",
+    "Config",
+    "CouplingSettings",
+    "DataConfig",
+    "InvertibleSettings",
+    "Key",
+    "Machine",
+    "Network",
+    "ProbeConfig",
+    "Training",
+    "all_keys",
+    "did_you_mean",
+    "expected",
+    "flat",
+    "flatten",
+    "key",
+    "keys_of",
+    "own_keys",
+    "parse_memory",
+    "read",
+    "schema",
+    "sections",
+]

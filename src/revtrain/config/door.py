@@ -1,0 +1,245 @@
+"""The door: from the composed configuration, flat and not yet checked, to `Config`, typed and in parts.
+
+What needs the data or the network (a batch larger than the data set, an image size that the pooling cannot divide) is
+refused later, by those who know them, but always before the first step.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, field, fields, make_dataclass
+from pathlib import Path
+from typing import Any, Optional, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+
+from revtrain.config import registry
+from revtrain.config.keys import Key, check, did_you_mean, in_words, keys_of
+from revtrain.config.memory_size import parse_memory
+from revtrain.config.schema import Config, DataConfig, Machine, Network, ProbeConfig, Training
+from revtrain.errors import RevtrainError
+
+SIDE_BY_SIDE = (Network, Training, Machine)  # parts whose keys have no prefix
+
+
+# ---- all keys, and the schema for Hydra ----------------------------------------------------------
+
+
+def own_keys(package: str) -> dict[str, dict[str, Key]]:
+    """The keys that only some architectures (`models`) or data sets (`data`) have: key -> {who has it: the key}."""
+    prefix, found = "data." if package == "data" else "", {}
+    for owner in registry.names(package):
+        kind = registry.settings(package, owner)
+        for name, key in (keys_of(kind, prefix) if kind else {}).items():
+            found.setdefault(name, {})[owner] = key
+    return found
+
+
+def all_keys() -> dict[str, Key]:
+    """Every key of the command line, dotted. One that several architectures have stands as the first states it."""
+    common = {name: key for part in SIDE_BY_SIDE for name, key in keys_of(part).items()}
+    own = {name: next(iter(owners.values())) for each in ("models", "data") for name, owners in own_keys(each).items()}
+    return common | own | keys_of(DataConfig, "data.") | keys_of(ProbeConfig, "probe.")
+
+
+def sections() -> tuple[str, ...]:
+    """The names below which keys stand: data, data.augment, probe."""
+    return tuple(dict.fromkeys(name.rpartition(".")[0] for name in all_keys() if "." in name))
+
+
+def expected(name: str) -> str:
+    """What must stand behind `name=`, in words."""
+    return f"one of its keys, as in {name}.KEY=VALUE" if name in sections() else in_words(all_keys()[name])
+
+
+def schema() -> type:
+    """The dataclass that Hydra types the command line with.
+
+    What only some architectures or data sets have is null until somebody gives it: the default is then theirs.
+    """
+    common = [each for part in SIDE_BY_SIDE for each in _schema_fields(part)]
+    data = make_dataclass("Data", [*_schema_fields(DataConfig), *_own_fields("data")])
+    return make_dataclass(
+        "Schema",
+        [
+            *common,
+            *_own_fields("models"),
+            ("data", data, field(default_factory=data)),
+            ("probe", ProbeConfig, field(default_factory=ProbeConfig)),
+            ("experiment", Any, None),
+        ],
+    )
+
+
+def _schema_fields(part: type) -> list[tuple[str, Any, Any]]:
+    hints, found = get_type_hints(part), []
+    for item in fields(part):
+        if item.name != "own":
+            default = {"default": item.default} if item.default is not MISSING else {}
+            factory = {"default_factory": item.default_factory} if item.default_factory is not MISSING else {}
+            found.append((item.name, hints[item.name], field(**default, **factory)))
+    return found
+
+
+def _own_fields(package: str) -> list[tuple[str, Any, Any]]:
+    found = []
+    for name, owners in own_keys(package).items():
+        kinds = {key.type for key in owners.values()}
+        if len(kinds) > 1:
+            raise TypeError(f"{name} has different types in {', '.join(owners)}: {kinds}")
+        found.append((name.rpartition(".")[2], Optional[kinds.pop()], None))
+    return found
+
+
+# ---- the door ------------------------------------------------------------------------------------
+
+
+def read(cfg: DictConfig | Mapping[str, Any] | Config, stored: bool = False) -> Config:
+    """The configuration in parts, every value checked.
+
+    Args:
+        cfg: as Hydra or `revtrain.conf.compose` returns it; a `Config` is returned as it is.
+        stored: it comes from a run of before. Keys that its architecture does not have are then left out: earlier
+            versions wrote them all; and the run that it resumed need not exist any more.
+
+    Raises:
+        RevtrainError: names the key, the value given, the values expected and a remedy.
+    """
+    if isinstance(cfg, Config):
+        return cfg
+    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)  # type: ignore[assignment]
+    data, probe = dict(values["data"]), dict(values["probe"])
+    _check_found("arch", values["arch"], "models")
+    _check_found("data", data["name"], "data")
+    own = _own(values, "models", values["arch"], "arch", stored)
+    own_of_data = _own(data, "data", data["name"], "data", stored=True)  # `data=` alone may change from job to job
+    config = Config(
+        network=Network(**_of(Network, values), own=own),
+        training=Training(**_of(Training, values)),
+        machine=Machine(**_of(Machine, {**values, "resume": None} if stored else values)),
+        data=DataConfig(**_of(DataConfig, data, "data."), own=own_of_data),
+        probe=ProbeConfig(**_of(ProbeConfig, probe, "probe.")),
+        experiment=values.get("experiment"),
+    )
+    _check_together(config)
+    return config
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Plain containers with the keys as the command line has them: what a run records of its configuration."""
+
+    def plain(part: Any) -> dict[str, Any]:
+        values = asdict(part)
+        own = values.pop("own", None) or {}
+        return values | own
+
+    parts = (config.network, config.training, config.machine)
+    found = {key: value for part in parts for key, value in plain(part).items()}
+    return found | {"data": plain(config.data), "probe": plain(config.probe), "experiment": config.experiment}
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"data": {"name": ...}} as {"data.name": ...}."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
+
+
+def _of(part: type, values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The checked values of one part."""
+    found: dict[str, Any] = {}
+    hints = get_type_hints(part)
+    for item in fields(part):
+        if item.name == "own" or item.name not in values:
+            continue
+        value, name = values[item.name], prefix + item.name
+        if isinstance(value, Mapping):
+            found[item.name] = hints[item.name](**_of(hints[item.name], value, f"{name}."))
+            continue
+        key = keys_of(part, prefix)[name]
+        check(_never_null(key) if name in ("depth", "width") else key, value)
+        found[item.name] = value
+    return found
+
+
+def _never_null(key: Key) -> Key:
+    """depth and width have no default of their own, but an architecture must have given one by now."""
+    return Key(key.name, key.types[0], key.default, key.rule)
+
+
+def _check_found(key: str, name: str, package: str) -> None:
+    check(Key(key, str, None, keys_of(Network)["arch"].rule), name, choices=registry.names(package))
+
+
+def _own(values: Mapping[str, Any], package: str, owner: str, group: str, stored: bool) -> Any:
+    """The settings of one architecture or data set; others' keys are refused by name."""
+    kind, prefix = registry.settings(package, owner), "data." if package == "data" else ""
+    mine = keys_of(kind, prefix) if kind else {}
+    for name, owners in own_keys(package).items():
+        short = name.removeprefix(prefix)
+        if name in mine or values.get(short) is None or stored:
+            continue
+        has = f"its own keys are {', '.join(mine)}" if mine else "it has no keys of its own"
+        raise RevtrainError(
+            f"{name}={values[short]} was given; {group}={owner} has no such key: {has}.\n"
+            f"Leave {name} out, or choose one that has it: {', '.join(f'{group}={each}' for each in owners)}."
+        )
+    given = {short: values[short] for name in mine if values.get(short := name.removeprefix(prefix)) is not None}
+    for short, value in given.items():
+        check(mine[prefix + short], value)
+    return kind(**given) if kind else None
+
+
+# ---- what one rule a key cannot say --------------------------------------------------------------
+
+
+def _check_together(config: Config) -> None:
+    network, machine = config.network, config.machine
+    if registry.load("models", network.arch).TRAITS.reversible and (network.width or 0) % 2:
+        width = network.width or 0
+        raise RevtrainError(
+            f"width={width} was given; expected an even number: {network.arch} halves its channels.\n"
+            f"Use width={width - 1 or 2} or width={width + 1}."
+        )
+    _check_slope(network.slope)
+    _check_batch(config.training.batch)
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", machine.device):
+        raise RevtrainError(
+            f"device={machine.device} was given; expected auto, cpu, cuda, cuda:N or mps."
+            f"{did_you_mean(machine.device, ('auto', 'cpu', 'cuda', 'mps'))}\n"
+            "device=auto takes the first GPU, or the CPU where there is none."
+        )
+    if machine.memory_limit is not None:
+        parse_memory(machine.memory_limit)
+    if machine.resume is not None and not Path(machine.resume).exists():
+        raise RevtrainError(
+            f"resume={machine.resume} was given; there is no such file or run directory.\n"
+            "Give the directory of an earlier run, or the last.pt in it, as in resume=outputs/DATE/RUN."
+        )
+    check_data = getattr(registry.load("data", config.data.name), "check", None)
+    if check_data is not None:
+        check_data(config.data)
+
+
+def _check_batch(batch: int | str) -> None:
+    if isinstance(batch, str) and batch != "auto":
+        raise RevtrainError(
+            f"batch={batch} was given; expected a whole number, or auto.{did_you_mean(batch, ['auto'])}\n"
+            "batch=auto takes the largest batch that memory_limit allows."
+        )
+
+
+def _check_slope(slope: float) -> None:
+    if 0 < slope <= 1:
+        return
+    message = f"slope={slope:g} was given; expected 0 < slope <= 1: LeakyReLU multiplies negative values by it.\n"
+    if 1 < slope < math.inf:
+        message += f"Where the slope is written as a divisor (y = x/n), use its inverse: slope={1 / slope:.4g}."
+    elif slope == 0:
+        message += "A slope of 0 (ReLU) cannot be inverted, and a small one lowers the SNR. Try slope=0.2."
+    else:
+        message += "Try slope=0.2."
+    raise RevtrainError(message)

@@ -1,0 +1,189 @@
+"""Every key of the configuration, with its type, default, meaning and bounds.
+
+Each part of a run has a dataclass of its own, and a part of the program receives the part that it needs:
+
+    Network    what is built: `revtrain.models`, the closed forms of its memory
+    Training   how it is optimised
+    Machine    where, in what precision of memory and files
+    DataConfig, ProbeConfig   images; the probe of reconstruction errors
+
+On the command line the keys of the first three stand side by side (`depth=4 lr=0.1`), those of the last two below a
+name (`data.root=FOLDER`). What only some architectures or data sets have is stated in their own files (`Settings`) and
+found from there; `CouplingSettings` and `InvertibleSettings` below are for the architectures to share.
+
+Neither torch nor Hydra is imported here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Generic, Optional, TypeVar, Union  # OmegaConf reads Optional[...] and Union[...]
+
+from revtrain.config.keys import key
+
+LARGEST_SEED = 2**63 - 1  # of torch's generators
+STATE_FORMATS = ("plain", "float32", "int32", "int16")
+NORM_SIGNS = ("positive", "mixed", "negative")
+POOLINGS = ("channel", "batch", "stride")
+PRECISIONS = ("fp32", "bf16", "fp16")
+BACKWARDS = ("invert", "store")
+SCHEDULES = ("triangular", "onecycle", "cosine", "constant")
+
+Own = TypeVar("Own", covariant=True)  # the Settings of an architecture or a data set
+
+
+@dataclass
+class Network(Generic[Own]):
+    """What is built. `own` holds the keys that only some architectures have."""
+
+    arch: str = key("hybrid", "architecture")
+    depth: Optional[int] = key(
+        None,
+        "units of the trunk, spread over the stages",
+        at_least=1,
+        at_most=10_000,
+        remark="depth counts the units of the trunk; each arch has its own default",
+        shown="the arch's own",
+    )
+    width: Optional[int] = key(
+        None,
+        "c, channels at full resolution",
+        at_least=1,
+        remark="width is the number of channels at full resolution",
+        shown="the arch's own",
+    )
+    pooling: list[str] = key(
+        [],
+        "one entry between two stages, as in pooling=[channel,batch]",
+        choices=POOLINGS,
+        remark="one entry between two stages, as in pooling=[channel,batch]",
+        shown="the arch's own",
+    )
+    slope: float = key(0.2, "n, negative slope of the LeakyReLUs, 0 < n <= 1 (Eq. 24)")
+    backward: str = key(
+        "invert", "invert: recompute activations; store: keep them, as ordinary training does", choices=BACKWARDS
+    )
+    precision: str = key("fp32", "of convolutions: fp32, bf16 or fp16", choices=PRECISIONS)
+    chunk_mib: float = key(2.0, "MiB of scratch for each temporary of the in-place passes", above=0)
+    own: Own = field(default=None)  # type: ignore[assignment]  # filled in by `revtrain.config.read`
+
+
+@dataclass
+class Training:
+    """How the network is optimised: SGD with Nesterov momentum, the rate a function of the step."""
+
+    batch: Union[int, str] = key(  # noqa: UP007
+        512,
+        "images of a step; auto: the largest within memory_limit (on a GPU: within what is free)",
+        at_least=2,
+        remark="batch normalisation needs at least two images",
+    )
+    epochs: int = key(40, "passes over the training images", at_least=1)
+    lr: float = key(0.4, "the highest rate of the schedule", above=0)
+    momentum: float = key(0.9, "Nesterov momentum; 0: none", at_least=0, below=1)
+    weight_decay: float = key(5e-4, "of weights", at_least=0)
+    decay_norm_and_bias: bool = key(False, "weight_decay applies to biases and BN, too")
+    label_smoothing: float = key(0.0, "share of the label that all classes get", at_least=0, below=1)
+    schedule: str = key("triangular", "shape of the learning rate", choices=SCHEDULES)
+    warmup: float = key(0.125, "share of the steps in which the rate rises", at_least=0, below=1)
+    clip_grad_norm: Optional[float] = key(None, "largest norm of the gradients; null: no clipping", above=0)
+
+
+@dataclass
+class Machine:
+    """Where the run takes place, and what it may use there."""
+
+    device: str = key("auto", "auto, cpu, cuda, cuda:1, mps")
+    memory_limit: Optional[str] = key(
+        None, "1GiB, 500MiB, ...: refuse a run that needs more; a GPU then acts like one of that size"
+    )
+    plan: bool = key(False, "print what the run needs, whether it fits, the largest batch that does; then end")
+    seed: int = key(0, "of weights, order and augmentation", at_least=0, at_most=LARGEST_SEED)
+    resume: Optional[str] = key(None, "run directory, or its last.pt: continue that run in a new directory")
+
+
+@dataclass
+class AugmentConfig:
+    """Training-time augmentation; the test set is never augmented."""
+
+    pad: int = key(4, "pixels of reflection before the random crop; 0: no crop", at_least=0, remark="0 means: no crop")
+    flip: bool = key(True, "horizontal flip with probability 1/2")
+    cutout: int = key(8, "side in pixels of the square set to the mean; 0: none", at_least=0,
+                      remark="0 means: no cutout")  # fmt: skip
+
+
+@dataclass
+class DataConfig(Generic[Own]):
+    """Where the images come from. `own` holds the keys that only some data sets have."""
+
+    name: str = key("synthetic", "data set, chosen by the group data")
+    root: Optional[str] = key(None, "folder of the images or of the archive")
+    cache: Optional[str] = key(None, "folder for decoded images; null: the user's cache folder")
+    image_size: Optional[int] = key(None, "side in pixels; null: as the images are", at_least=1)
+    classes: Optional[int] = key(None, "null: as many as the data set has", at_least=2)
+    train_limit: Optional[int] = key(None, "so many training images, balanced over the classes; null: all", at_least=1)
+    test_limit: Optional[int] = key(None, "so many test images; null: all", at_least=1)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    own: Own = field(default=None)  # type: ignore[assignment]  # filled in by `revtrain.config.read`
+
+
+@dataclass
+class ProbeConfig:
+    """The probe that measures the SNR of reconstructed activations, outside of the training steps."""
+
+    batch: int = key(
+        64, "images in the probe batch", at_least=2, remark="batch normalisation needs at least two images"
+    )
+    every: int = key(1, "epochs between two probes; 0: never", at_least=0, remark="0 means: never probe")
+    gradients: bool = key(True, "compare every parameter's gradient with that of backward=store, too")
+
+
+@dataclass
+class Config:
+    """Everything a run depends on, each part for those who need it; made by `revtrain.config.read`."""
+
+    network: Network[Any]
+    training: Training
+    machine: Machine
+    data: DataConfig[Any]
+    probe: ProbeConfig
+    experiment: Any = None
+
+
+# ---- keys that several architectures share ---------------------------------------------------------------
+
+
+@dataclass
+class CouplingSettings:
+    """Of architectures with additive coupling blocks, y1 = x1 + s F(x2), y2 = x2 + s G(y1)."""
+
+    residual_scale: float = key(1.0, "s in y1 = x1 + s F(x2) of coupling blocks", above=0)
+    stream: str = key(
+        "auto",
+        "number format of coupling blocks' states, on a grid where sums are exact: float32, int32, int16; "
+        "plain: off any grid; auto: float32, or int16 with precision=bf16 or fp16",
+        choices=("auto", *STATE_FORMATS),
+    )
+    grid_bits: Optional[int] = key(
+        None,
+        "states are multiples of 2^-grid_bits; null: the format's own, 16, or 8 for int16",
+        at_least=1,
+        remark="values are multiples of 2^-grid_bits; null: the stream's own",
+    )
+
+
+@dataclass
+class InvertibleSettings:
+    """Of architectures with invertible BNs and coupling convolutions."""
+
+    epsilon_i: float = key(0.1, "keeps the gain |gamma| + epsilon_i of an invertible BN off zero (Eq. 23)", at_least=0)
+    norm_sign: str = key(
+        "positive",
+        "of the BN's gains: positive (the paper's), mixed or negative; the further to the right, the less noise",
+        choices=NORM_SIGNS,
+        remark="the sign of an invertible BN's gains; the paper's is positive",
+    )
+    init_gain: float = key(1.0, "of the coupling convolutions' initial weights, relative to torch's", above=0)
+    max_gain: Optional[float] = key(
+        None, "bound on their largest singular value, all through training; null: none", above=0
+    )

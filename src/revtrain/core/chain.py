@@ -1,0 +1,227 @@
+"""The chain: the one place that owns a backward pass.
+
+invert   forward keeps the chain's output and a few numbers a layer; backward walks the layers in
+         reverse and turns (y, dy) into (x, dx) in two buffers, whatever the depth.
+store    the same layers under ordinary autograd: the noise-free twin of section 5.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from revtrain.core.gradients import Gradients
+from revtrain.core.layer import InvertibleLayer
+from revtrain.core.state_format import PLAIN, StateFormat
+from revtrain.errors import RevtrainError
+
+BACKWARDS = ("invert", "store")
+
+
+class Observer(Protocol):
+    """What may watch a chain from outside (see `observe`); the layers know nothing of it."""
+
+    def on_input(self, layer: nn.Module, x: Tensor) -> None:
+        """`x` is about to enter `layer` in the forward pass."""
+
+    def on_reconstructed(self, layer: nn.Module, x: Tensor) -> None:
+        """`x` is what the backward pass rebuilt of the input of `layer`."""
+
+
+class Head(Protocol):
+    """What may end a chain: a module that is not inverted (see `revtrain.layers.Head`)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The chain's result by ordinary autograd."""
+
+    def forward_(self, state: Tensor, stream: StateFormat) -> tuple[Tensor, Any]:
+        """(result, saved); the state stays as it is."""
+
+    def backward_(
+        self, state: Tensor, dresult: Tensor, saved: Any, grads: Gradients, stream: StateFormat, dtype: torch.dtype
+    ) -> Tensor:
+        """The gradient of the state, in `dtype`."""
+
+
+class InvertibleChain(InvertibleLayer):
+    """Invertible layers in a row; itself an invertible layer, so chains nest.
+
+    Args:
+        layers: `InvertibleLayer`s, first to last.
+        backward: "invert" (rebuild activations) or "store" (ordinary autograd).
+        reuse_output: let the backward pass overwrite the chain's output. Saves one activation; the output
+            must then not be read after `backward()`. Autograd refuses a second backward through it.
+        stream: the number format between the layers; an integer one only for layers that can have it
+            (couplings of the same stream, poolings).
+        readout: a module after the layers that needs no inverse. Nobody else then sees the last state, and the
+            backward pass overwrites it.
+
+    Input and output are tensors (B, ...); the layers decide the rest. `overflows` counts the values of inputs that
+    were out of the range of the stream's grid. Raises `RevtrainError` for a layer that is not invertible, one that
+    an integer stream cannot pass, or an unknown `backward`.
+    """
+
+    observer: Observer | None = None
+
+    def __init__(
+        self,
+        layers: Iterable[InvertibleLayer],
+        backward: str = "invert",
+        reuse_output: bool = False,
+        stream: StateFormat = PLAIN,
+        readout: Head | None = None,
+    ):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, InvertibleLayer):
+                raise RevtrainError(
+                    f"Layer {index} of the chain is a {type(layer).__name__}, which has no inverse.\n"
+                    "Expected InvertibleLayer objects; put other modules outside the chain or inside F and G "
+                    "of an AdditiveCoupling."
+                )
+        if backward not in BACKWARDS:
+            raise RevtrainError(f"backward={backward!r} is unknown.\nExpected one of: {', '.join(BACKWARDS)}.")
+        for index, layer in enumerate(self.layers):
+            if stream.is_integer and not layer.passes_integers:
+                raise RevtrainError(
+                    f"stream={stream.name} cannot pass layer {index} of the chain, a {type(layer).__name__}.\n"
+                    "Expected couplings and poolings only; use stream=float32 for other layers."
+                )
+        self.backward_mode = backward
+        self.stream, self.readout = stream, readout
+        self.reuse_output = reuse_output or readout is not None
+        if stream.bits is not None:
+            self.register_buffer("overflows", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.backward_mode == "store":
+            x = self.stream.snap(x)
+            for layer in self.layers:
+                x = layer(x)
+            return x if self.readout is None else self.readout(x)
+        parameters = list(self.parameters())
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters)):
+            return _ChainFunction.apply(x, self, *parameters)
+        with torch.no_grad():
+            state, _ = self.forward_(self.encode(x))
+            return self.finish(state)[0]
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x as a state of this chain's stream: a copy that it may overwrite."""
+        state, lost = self.stream.encode(x, self.piece_bytes)
+        if lost is not None:
+            self.overflows += lost
+        return state
+
+    def finish(self, state: Tensor) -> tuple[Tensor, Any]:
+        """(result, saved) of the last state: the readout's, or else the state itself in floating point."""
+        if self.readout is not None:
+            return self.readout.forward_(state, self.stream)
+        return (state if state.is_floating_point() else self.stream.decode(state)), None
+
+    def forward_(self, x: Tensor) -> tuple[Tensor, list[Any]]:
+        saved = []
+        for layer in self.layers:
+            if self.observer is not None:
+                self.observer.on_input(layer, x)
+            x, memory = layer.forward_(x)
+            saved.append(memory)
+        return x, saved
+
+    def recompute_(self, x: Tensor, saved: list[Any]) -> Tensor:
+        for layer, memory in zip(self.layers, saved, strict=True):
+            x = layer.recompute_(x, memory)
+        return x
+
+    def recompute_for_backward_(self, x: Tensor, saved: list[Any]) -> tuple[Tensor, list[Any]]:
+        kept = []
+        for layer, memory in zip(self.layers, saved, strict=True):
+            x, memory = layer.recompute_for_backward_(x, memory)
+            kept.append(memory)
+        return x, kept
+
+    def inverse_(self, y: Tensor, saved: list[Any]) -> Tensor:
+        for layer, memory in zip(reversed(self.layers), reversed(saved), strict=True):
+            y = layer.inverse_(y, memory)
+            if self.observer is not None:
+                self.observer.on_reconstructed(layer, y)
+        return y
+
+    def backward_(self, y: Tensor, dy: Tensor, saved: list[Any], grads: Gradients) -> tuple[Tensor, Tensor]:
+        for layer, memory in zip(reversed(self.layers), reversed(saved), strict=True):
+            y, dy = layer.backward_(y, dy, memory, grads)
+            if self.observer is not None:
+                self.observer.on_reconstructed(layer, y)
+        return y, dy
+
+
+class _ChainFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, chain: InvertibleChain, *parameters: Tensor) -> Tensor:
+        ctx.chain, ctx.parameters, ctx.input_dtype = chain, parameters, x.dtype
+        # Recomputation must round as the forward pass did, so it runs under the same autocast state. Its cache
+        # stays off: a weight cast without a graph (here) must not be found where a graph is wanted (there).
+        device = x.device.type
+        ctx.autocast = partial(
+            torch.autocast,
+            device,
+            dtype=torch.get_autocast_dtype(device),
+            enabled=torch.is_autocast_enabled(device),
+            cache_enabled=False,
+        )
+        with ctx.autocast():
+            state, ctx.saved = chain.forward_(chain.encode(x))
+            result, ctx.saved_by_readout = chain.finish(state)
+        # As the state; that of an integer one is in 16 bit under autocast.
+        ctx.gradient_dtype = state.dtype if state.is_floating_point() else _compute_dtype(x)
+        ctx.owns_state = chain.reuse_output or result is not state
+        ctx.save_for_backward(state)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        (saved_state,) = ctx.saved_tensors
+        chain, grads = ctx.chain, Gradients(ctx.parameters)
+        state = saved_state.detach() if ctx.owns_state else saved_state.detach().clone()
+        with ctx.autocast():
+            if chain.readout is None:
+                # dy may be shared with other branches of the caller's graph, or be expanded: a copy to work in.
+                dstate = dy.to(ctx.gradient_dtype, copy=True, memory_format=torch.contiguous_format)
+            else:
+                dstate = chain.readout.backward_(
+                    state, dy, ctx.saved_by_readout, grads, chain.stream, ctx.gradient_dtype
+                )
+            x, dx = chain.backward_(state, dstate, ctx.saved, grads)
+        if not ctx.needs_input_grad[0]:
+            dx = None
+        elif dx.dtype != ctx.input_dtype:  # x has served its purpose: a narrower gradient fits into its storage
+            fits = x.is_contiguous() and x.element_size() >= ctx.input_dtype.itemsize
+            narrow = x.view(-1).view(ctx.input_dtype)[: dx.numel()].view(dx.shape) if fits else None
+            dx = dx.to(ctx.input_dtype) if narrow is None else narrow.copy_(dx)
+        return dx, None, *grads.values()
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+@contextmanager
+def observe(model: nn.Module, observer: Observer) -> Iterator[None]:
+    """Attach `observer` to every chain inside `model` for the duration of the block."""
+    chains = [m for m in model.modules() if isinstance(m, InvertibleChain)]
+    for chain in chains:
+        chain.observer = observer
+    try:
+        yield
+    finally:
+        for chain in chains:
+            chain.observer = None

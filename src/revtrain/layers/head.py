@@ -1,0 +1,111 @@
+"""The end of a reversible trunk: from its last state to the logits, without another tensor of the state's size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from revtrain.core.gradients import Gradients, stand_ins
+from revtrain.core.pieces import MIB, batch_pieces
+from revtrain.core.state_format import PLAIN, StateFormat
+from revtrain.layers.norm_pieces import NormOverPieces, normalise
+from revtrain.layers.pooling import merge_sub_images
+
+
+class Head(nn.Module):
+    """[BN, LeakyReLU,] mean over pixels, merge of sub-images, linear: (B S, C, H, W) -> logits (B, classes).
+
+    Needs no inverse: the state it reads stays as it is. As the end of a chain (`InvertibleChain(readout=...)`) it
+    works over chunks of the batch and keeps nothing but statistics; the gradient of the state is made here, so
+    no other is alive.
+
+    Args:
+        channels: C.
+        classes: number of logits.
+        sub_images: S, the parts that batch pooling made of each image.
+        slope: n of the LeakyReLU after the BN, without unit; None: neither of the two.
+    """
+
+    piece_bytes: int = 2 * MIB
+
+    def __init__(self, channels: int, classes: int, sub_images: int = 1, slope: float | None = None):
+        super().__init__()
+        self.sub_images, self.slope = sub_images, slope
+        self.norm = None if slope is None else nn.BatchNorm2d(channels)
+        self.linear = nn.Linear(channels, classes)
+
+    def extra_repr(self) -> str:
+        return f"sub_images={self.sub_images}, slope={self.slope}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._logits(self._features(x if self.norm is None else normalise(x, self.norm, self.piece_bytes)))
+
+    def forward_(self, state: Tensor, stream: StateFormat = PLAIN) -> tuple[Tensor, Any]:
+        """(logits, saved) of a chain's state, which is not changed; updates running statistics."""
+        inputs = self._inputs(state, stream)
+        logits = [self._logits(self._features(inputs.normalised(sl))) for sl in inputs.chunks]
+        return torch.cat(logits), inputs.statistics
+
+    def backward_(
+        self, state: Tensor, dlogits: Tensor, saved: Any, grads: Gradients, stream: StateFormat, dtype: torch.dtype
+    ) -> Tensor:
+        """The gradient of `state`, in `dtype`; those of the parameters are added to `grads`."""
+        inputs = self._inputs(state, stream, saved)
+        parameters = grads.wanted(self.linear.parameters())
+        dstate = torch.zeros(state.shape, dtype=dtype, device=state.device)
+        with stand_ins(self.linear, parameters) as leaves:
+            for sl in inputs.chunks:
+                leaf = inputs.normalised(sl).requires_grad_()
+                with torch.enable_grad():
+                    logits = self._logits(self._features(leaf))
+                images = slice(sl.start // self.sub_images, sl.stop // self.sub_images)
+                du, *gradients = torch.autograd.grad(logits, [leaf, *leaves], dlogits[images].to(logits.dtype))
+                del logits
+                inputs.add_gradient_(dstate, du, sl)
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    grads.add(parameter, gradient)
+        inputs.finish_(dstate, grads)
+        return dstate
+
+    def _features(self, u: Tensor) -> Tensor:
+        activated = u if self.slope is None else F.leaky_relu(u, self.slope)
+        return activated.sum((2, 3)) / (u.shape[2] * u.shape[3])
+
+    def _logits(self, features: Tensor) -> Tensor:
+        return self.linear(merge_sub_images(features, self.sub_images))
+
+    def _inputs(self, state: Tensor, stream: StateFormat, saved: Any = None) -> NormOverPieces | _NoNorm:
+        def read(part: Tensor) -> Tensor:
+            return part if part.is_floating_point() else stream.decode(part, self.linear.weight.dtype)
+
+        chunks = self._chunks(state)
+        return (
+            _NoNorm(state, read, chunks) if self.norm is None else NormOverPieces(self.norm, state, read, chunks, saved)
+        )
+
+    def _chunks(self, state: Tensor) -> Iterator[slice]:
+        # Whole images, whose parts lie side by side in the batch.
+        for sl in batch_pieces(state.view(state.shape[0] // self.sub_images, -1), self.piece_bytes):
+            yield slice(sl.start * self.sub_images, sl.stop * self.sub_images)
+
+
+class _NoNorm:
+    """A `NormOverPieces` that leaves its input as it is."""
+
+    statistics = None
+
+    def __init__(self, source: Tensor, read, chunks):
+        self.source, self.read, self.chunks = source, read, list(chunks)
+
+    def normalised(self, sl: slice) -> Tensor:
+        return self.read(self.source[sl]).detach()
+
+    def add_gradient_(self, dx: Tensor, du: Tensor, sl: slice) -> None:
+        dx[sl].add_(du)
+
+    def finish_(self, dx: Tensor, grads: Gradients) -> None:
+        pass

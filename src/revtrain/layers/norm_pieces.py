@@ -1,0 +1,178 @@
+"""torch's BatchNorm2d over chunks of the batch, forward and backward, with nothing of full size but what it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from revtrain.core.gradients import Gradients
+from revtrain.core.pieces import batch_pieces
+from revtrain.layers.batchnorm import statistics_dtype
+from revtrain.layers.collective import all_sum, processes
+
+
+class Statistics(NamedTuple):
+    """Of a source, kept from the first pass; (C,) each."""
+
+    mean: Tensor
+    variance: Tensor  # biased
+    of_batch: bool  # taken from the batch (training) or from the running statistics (evaluation)
+
+
+class NormOverPieces:
+    """u = BN(x) of x = read(source), and its gradient.
+
+    With du the gradient of u, xhat the normalised x, N values a channel and gain = gamma / sqrt(var + eps),
+
+        dx = gain du  -  gain (sum(du) + xhat sum(du xhat)) / N
+
+    is linear in two sums: chunk by chunk the first part is added to dx and the sums are gathered; what they take
+    off is pointwise in x and follows in a pass of its own.
+
+    Args:
+        norm: the module with weights and running statistics; its `group`, if it has one, are the processes that
+            share the batch.
+        source: (B, C, H, W), a state or a part of one.
+        read: a part of the source -> its values in floating point; not written to.
+        chunks: slices over the batch.
+        statistics: of the first pass; None: this is the first pass, which updates the running statistics.
+        memory_format: of what `normalised` returns.
+    """
+
+    def __init__(
+        self,
+        norm: nn.BatchNorm2d,
+        source: Tensor,
+        read: Callable[[Tensor], Tensor],
+        chunks: Iterable[slice],
+        statistics: Statistics | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ):
+        self.memory_format = memory_format
+        self.norm, self.source, self.read, self.chunks = norm, source, read, list(chunks)
+        self.group = getattr(norm, "group", None)
+        self.count = source.numel() // source.shape[1] * processes(self.group)  # in all processes
+        self.statistics = self._measure() if statistics is None else statistics
+        self._sum_du: Tensor | None = None
+        self._sum_du_x: Tensor | None = None  # of the centred x
+
+    def normalised(self, sl: slice) -> Tensor:
+        """u of a chunk, without a graph: one multiplication and one addition a value."""
+        mean, variance, _ = self.statistics
+        with torch.no_grad():
+            scale = self.norm.weight * (variance + self.norm.eps).rsqrt()
+            shift = self.norm.bias - mean * scale
+            x = self.read(self.source[sl])
+            if self.memory_format is torch.channels_last:  # a copy, then one pass: faster than a pass over both formats
+                x = x.clone(memory_format=self.memory_format)
+                return torch.addcmul(_per_channel(shift), x, _per_channel(scale), out=x)
+            return torch.addcmul(_per_channel(shift), x, _per_channel(scale))
+
+    def add_gradient_(self, dx: Tensor, du: Tensor, sl: slice) -> None:
+        """The first part of the gradient of a chunk: dx[sl] += gain du."""
+        du = du.contiguous()
+        sums = du.sum((0, 2, 3), dtype=self.statistics.mean.dtype)
+        sums_x = (self.read(self.source[sl]) - _per_channel(self.statistics.mean)).mul_(du).sum((0, 2, 3))
+        self._sum_du = sums if self._sum_du is None else self._sum_du + sums
+        self._sum_du_x = sums_x if self._sum_du_x is None else self._sum_du_x + sums_x
+        add_product_(dx[sl], du, _per_channel(self._gain()))
+
+    def finish_(self, dx: Tensor, grads: Gradients) -> None:
+        """The second part, for all chunks; the gradients of gamma and beta."""
+        mean, variance = self.statistics.mean, self.statistics.variance + self.norm.eps
+        if self.statistics.of_batch:  # through the mean and the variance, too
+            sum_du, sum_du_x = all_sum(torch.stack([self._sum_du, self._sum_du_x]), self.group)
+            slope = self._gain() * sum_du_x / (self.count * variance)
+            shift = self._gain() * sum_du / self.count - slope * mean
+            for sl in self.chunks:
+                add_product_(dx[sl], self.read(self.source[sl]), _per_channel(-slope))
+                dx[sl].sub_(_per_channel(shift))
+        grads.add(self.norm.bias, self._sum_du)
+        grads.add(self.norm.weight, self._sum_du_x * variance.rsqrt())
+
+    def _gain(self) -> Tensor:
+        return self.norm.weight.detach() * (self.statistics.variance + self.norm.eps).rsqrt()
+
+    def _measure(self) -> Statistics:
+        """Of the whole batch, in two passes, in float32 or better."""
+        norm = self.norm
+        if not norm.training:
+            return Statistics(norm.running_mean.clone(), norm.running_var.clone(), False)
+        mean = _add_up([_sum(self.read(self.source[sl])) for sl in self.chunks], self.group) / self.count
+        squares = [(self.read(self.source[sl]) - _per_channel(mean)).square_().sum((0, 2, 3)) for sl in self.chunks]
+        variance = _add_up(squares, self.group) / self.count
+        if not norm.track_running_stats:  # a recomputation
+            return Statistics(mean, variance, True)
+        with torch.no_grad():
+            norm.num_batches_tracked.add_(1)
+            unbiased = variance * (self.count / max(1, self.count - 1))  # as torch keeps it
+            for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+                running.lerp_(new.to(running.dtype), norm.momentum)
+        return Statistics(mean, variance, True)
+
+
+def normalise(x: Tensor, norm: nn.BatchNorm2d, piece_bytes: int) -> Tensor:
+    """`norm(x)` by ordinary autograd, to the bit what a `NormOverPieces` over chunks of `piece_bytes` computes.
+
+    The two backward modes are then one function to the last bit: one of a different rounding would cross other kinks of
+    the activations, which changes gradients by more than rounding does.
+    """
+    if torch.compiler.is_exporting():  # a graph for inference has no chunks, nor a number of images
+        return norm(x)
+    return _Normalise.apply(x, norm.weight, norm.bias, norm, piece_bytes)
+
+
+class _Normalise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d, piece_bytes: int) -> Tensor:
+        # Sums depend on the order of their terms: the states of a chain, which it stands for, are always contiguous.
+        memory_format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        chunked = NormOverPieces(
+            norm, x, lambda part: part.contiguous(), batch_pieces(x, piece_bytes), memory_format=memory_format
+        )
+        ctx.statistics, ctx.eps, ctx.group = chunked.statistics, norm.eps, chunked.group
+        ctx.save_for_backward(x, weight)
+        return chunked.normalised(slice(None)).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, du: Tensor):
+        (x, weight), (mean, variance, of_batch) = ctx.saved_tensors, ctx.statistics
+        inverse_deviation, is_shared = (variance + ctx.eps).rsqrt(), of_batch and ctx.group is not None
+        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+            du, x, weight, mean, variance, mean, inverse_deviation, of_batch and not is_shared, ctx.eps, [True] * 3
+        )
+        if is_shared:  # what goes through the mean and the variance depends on the sums of all processes
+            count = x.numel() // x.shape[1] * processes(ctx.group)
+            sum_du, sum_du_xhat = all_sum(torch.stack([dbias, dweight]), ctx.group)
+            slope = weight * inverse_deviation.square() * sum_du_xhat / count
+            shift = weight * inverse_deviation * sum_du / count - slope * mean
+            add_product_(dx, x, _per_channel(-slope))
+            dx.sub_(_per_channel(shift))
+        return dx, dweight, dbias, None, None
+
+
+def add_product_(target: Tensor, values: Tensor, factor: Tensor) -> None:
+    """target += factor values, in one pass where all are of one precision."""
+    if target.dtype == values.dtype:
+        target.addcmul_(values, factor.to(values.dtype))
+    else:
+        target.add_(values * factor)
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    return values.view(1, -1, 1, 1)
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.sum((0, 2, 3), dtype=statistics_dtype(x))
+
+
+def _add_up(parts: list[Tensor], group: Any) -> Tensor:
+    # The chunks' sums are few and small: adding them in float64 costs nothing (MPS has none).
+    wide = torch.float32 if parts[0].device.type == "mps" else torch.float64
+    return all_sum(torch.stack(parts).to(wide).sum(0), group).to(parts[0].dtype)

@@ -1,0 +1,1 @@
+"""Memory of a training step: counted from outside (live.py), and in closed form (closed_form.py)."""

@@ -1,0 +1,83 @@
+"""Whether gradients can still be trusted: a summary of the probes, and one warning that helps."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+# Beyond this, noise makes up half of a gradient: sqrt(1 / 0.9^2 - 1) = 0.48.
+TRUSTED_COSINE = 0.9
+# Above this, what differs is not the reconstruction's doing but ordinary rounding, of 16 bit in a bias of few channels.
+REBUILT_WELL_DB = 40.0
+
+
+def summarise_gradients(parameters: dict[str, Any]) -> dict[str, Any] | None:
+    """The `gradients` of a line of metrics.jsonl, from `probe_gradients`; None where nothing was compared.
+
+    {"minimum_cosine", "minimum_cosine_parameter", "maximum_relative_error", "maximum_relative_error_parameter",
+    "parameters": {name: {"cosine", "relative_error"}}}
+    """
+    if not parameters:
+        return None
+    least = min(parameters, key=lambda name: parameters[name].cosine)
+    most = max(parameters, key=lambda name: parameters[name].relative_error)
+    return {
+        "minimum_cosine": parameters[least].cosine,
+        "minimum_cosine_parameter": least,
+        "maximum_relative_error": parameters[most].relative_error,
+        "maximum_relative_error_parameter": most,
+        "parameters": {name: each._asdict() for name, each in parameters.items()},
+    }
+
+
+def trusted(line: dict[str, Any]) -> bool | None:
+    """Whether every parameter's gradient points where the true one does, as far as reconstruction decides it.
+
+    Args:
+        line: of metrics.jsonl. None is returned where gradients were not compared.
+    """
+    gradients, snr = line.get("gradients"), line.get("snr_db")
+    if gradients is None:
+        return None
+    return gradients["minimum_cosine"] >= TRUSTED_COSINE or (snr is not None and snr["minimum"] >= REBUILT_WELL_DB)
+
+
+class FidelityWatch:
+    """Says once, and clearly, when rounding has taken the gradients over."""
+
+    def __init__(self, cfg: Any):
+        self.cfg, self.warned = cfg, False
+
+    def look(self, line: dict[str, Any]) -> None:
+        """`line`: of metrics.jsonl."""
+        gradients, snr = line["gradients"], line["snr_db"]
+        if self.warned or trusted(line) is not False:
+            return
+        self.warned = True
+        where = f"rebuilt at {snr['minimum']:.1f} dB in {snr['minimum_layer']}" if snr else "not rebuilt well enough"
+        log.warning(
+            "fidelity   gradients are no longer to be trusted at epoch %d: that of %s has a cosine of %.2f to\n"
+            "           the true one, since activations are %s.\n"
+            "           Try %s.",
+            line["epoch"], gradients["minimum_cosine_parameter"], gradients["minimum_cosine"], where,
+            self._advice(),
+        )  # fmt: skip
+
+    def _advice(self) -> str:
+        cfg, ways = self.cfg, []
+        if "max_gain" in cfg:
+            if cfg.max_gain is None or cfg.max_gain > 1:
+                ways.append("max_gain=1")
+            if cfg.norm_sign != "negative":
+                ways.append("norm_sign=" + {"positive": "mixed", "mixed": "negative"}[cfg.norm_sign])
+            if cfg.slope < 0.5:
+                ways.append(f"a larger slope (now {cfg.slope:g})")
+            ways.append(f"a larger epsilon_i (now {cfg.epsilon_i:g})")
+        if cfg.precision != "fp32":
+            ways.append("precision=fp32")
+        if cfg.arch != "chunked":
+            ways.append(f"a smaller depth (now {cfg.depth})")
+            ways.append("arch=hybrid" if cfg.arch == "layerwise" else "arch=chunked")
+        return ", ".join(ways) or "backward=store"

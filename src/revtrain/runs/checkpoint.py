@@ -1,0 +1,301 @@
+"""`last.pt`: written in one step, read without running code from it, refused where it does not fit.
+
+A checkpoint is a file of `torch.save` with a SHA-256 of its bytes at the end, which `torch.load` passes over. The
+checkpoint before it is kept as `previous.pt`, and takes its place when it is damaged or missing. It holds a
+dictionary of plain containers and tensors:
+
+    format      "revtrain checkpoint 2"
+    config      the resolved configuration, a dictionary
+    overrides   the command line that made it, a list of strings
+    classes     number of classes of the data set
+    data        what inference needs of it: names of the classes, image_size in pixels, mean and std a channel (0..1)
+    images      number of training images
+    processes   that trained together under torchrun
+    epoch       epochs completed; 0 is the state before the first
+    partial     None, or what the epoch after that has come to (see `revtrain.training.run.Progress`)
+    model       state_dict
+    optimizer   state_dict
+    scaler      state_dict ({} but for fp16)
+    rng         states of torch's CPU and CUDA generators and of the data's generator
+    best_accuracy   best test accuracy so far, 0..1
+    lines       number of lines of metrics.jsonl so far
+
+The lines themselves stay in metrics.jsonl beside it: rewritten with each checkpoint they would make a long run's
+writing quadratic. The learning rate is a function of the step: there is no schedule to store. Format 1 (without
+checksum; `history` held the lines) is still read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import shlex
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from revtrain.config import flatten
+from revtrain.errors import RevtrainError
+from revtrain.machine import torchrun as launch
+from revtrain.machine.files import write_atomic
+
+log = logging.getLogger(__name__)
+
+FORMAT = "revtrain checkpoint 2"
+OLD_FORMAT = "revtrain checkpoint 1"
+NAME = "last.pt"
+PREVIOUS = "previous.pt"
+SEAL = b"\nrevtrain sha256 "  # then 64 digits and a line feed end the file
+# of format 2, those that are read before the network is there to judge the others
+TYPES = {
+    "config": dict, "overrides": list, "classes": int, "images": int, "epoch": int, "partial": dict | None,
+    "model": dict, "optimizer": dict, "scaler": dict, "rng": dict, "best_accuracy": float, "lines": int,
+}  # fmt: skip
+# another value here is another network: the weights do not fit
+NETWORK_KEYS = ("arch", "depth", "width", "pooling")
+# another value here leaves every number of the run the same
+FREE_KEYS = ("resume", "experiment", "memory_limit", "plan", "data.root", "data.url", "data.cache")
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` to `path` in one step; the file that was there becomes `previous.pt`.
+
+    Raises:
+        OSError: the disk is full or the folder not writable; an earlier checkpoint is still whole.
+    """
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    buffer.write(_seal(buffer.getbuffer()))
+    write_atomic(path, buffer.getbuffer(), keep=path.with_name(PREVIOUS))
+
+
+def load(path: str | Path, key: str = "resume=") -> dict[str, Any]:
+    """Read a checkpoint onto the CPU.
+
+    Args:
+        path: the file, or the run directory that holds it. In a directory `previous.pt` is read, with a warning,
+            where `last.pt` is damaged or missing.
+        key: how the user gave it, for the messages.
+
+    Returns:
+        What `save` was given, and `path`: the file that was read, and `history`: the lines of metrics.jsonl up to
+        this checkpoint. Where that file is missing or damaged they are [], with a warning.
+
+    Raises:
+        RevtrainError: missing, damaged, or not a checkpoint of revtrain.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return _read(path, key)
+    last, previous = path / NAME, path / PREVIOUS
+    try:
+        return _read(last, key)
+    except RevtrainError as error:
+        if not previous.is_file():
+            raise
+        try:
+            state = _read(previous, key)
+        except RevtrainError:
+            raise error from None
+        log.warning("resume     %s\n           Going on from %s instead, which is whole.",
+                    str(error).rpartition("\n")[0].replace("\n", "\n           "), previous)  # fmt: skip
+        return state
+
+
+def _read(path: Path, key: str) -> dict[str, Any]:
+    """One file, its checksum verified."""
+    remedy = f"Give the {NAME} of an earlier run of revtrain; nothing was changed."
+    if path.name == NAME and path.with_name(PREVIOUS).is_file():
+        remedy = f"Nothing was changed. The checkpoint before it: {key}{path.with_name(PREVIOUS)}"
+    if not path.is_file():
+        raise RevtrainError(
+            f"{key}{path} was given; there is no such file.\n"
+            f"Give the directory of an earlier run, or the {NAME} in it, as in {key}outputs/DATE/RUN."
+        )
+
+    def refusal(what: str) -> RevtrainError:
+        return RevtrainError(f"{key}{path} was given; {what}\n{remedy}")
+
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise refusal(f"the file cannot be read: {error.strerror}.") from error
+    sealed = content[-len(_seal(b"")) :]
+    whole = sealed.startswith(SEAL)
+    if whole and sealed != _seal(memoryview(content)[: -len(sealed)]):
+        raise refusal("the file is damaged: it no longer has the SHA-256 it was written with.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's guesses at what a foreign file might be
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # a parser that is given any bytes at all may fail in any way
+        raise refusal(f"the file is truncated, or no checkpoint at all.\n({_first_line(error)})") from error
+    if not isinstance(state, dict) or state.get("format") not in (FORMAT, OLD_FORMAT):
+        found = sorted(map(str, state))[:4] if isinstance(state, dict) else type(state).__name__
+        raise refusal(f"the file is no checkpoint of this revtrain ({FORMAT!r}).\nIt holds: {found}.")
+    if state["format"] == OLD_FORMAT:
+        state |= {"images": None, "partial": None}
+        whole = _zip_is_whole(content)  # torch does not look at its checksums
+    if not whole:
+        raise refusal("the file is truncated or damaged: its checksum is missing, or wrong.")
+    if state["format"] == FORMAT:
+        wrong = [name for name, kind in TYPES.items() if name not in state or not isinstance(state[name], kind)]
+        if wrong:
+            raise refusal(f"the file is incomplete: {', '.join(wrong)} missing, or not of the type expected.")
+        state["history"] = _read_lines(path.with_name("metrics.jsonl"), state["lines"], state["epoch"])
+    return state | {"path": path}
+
+
+def put_in_place(state: dict[str, Any]) -> None:
+    """Let the file that `state` was read from be `last.pt`: a run that goes on in its own folder keeps the file that
+    is there as `previous.pt`, and that must not be a damaged one.
+
+    Raises:
+        OSError: the folder is not writable.
+    """
+    if state["path"].name == PREVIOUS:
+        os.replace(state["path"], state["path"].with_name(NAME))
+
+
+def _read_lines(path: Path, count: int, epoch: int) -> list[dict[str, Any]]:
+    """The first `count` lines of metrics.jsonl, the last of them of `epoch`; the checkpoint knows of no later ones."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [json.loads(line) for line, _ in zip(file, range(count), strict=False)]
+        if [line["epoch"] for line in lines] != list(range(epoch + 1 - count, epoch + 1)):
+            raise ValueError(f"{count} lines were expected")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        log.warning("resume     %s is missing or damaged (%s): the curves and the times of this run begin anew",
+                    path, _first_line(error))  # fmt: skip
+        return []
+    return lines
+
+
+def _zip_is_whole(content: bytes) -> bool:
+    try:
+        return zipfile.ZipFile(io.BytesIO(content)).testzip() is None
+    except Exception:  # damage of any kind
+        return False
+
+
+def _seal(content: bytes | memoryview) -> bytes:
+    return SEAL + hashlib.sha256(content).hexdigest().encode() + b"\n"
+
+
+def check_compatible(
+    state: dict[str, Any],
+    config: dict[str, Any],
+    classes: int,
+    images: int | None = None,
+    in_place: bool = False,
+) -> list[str]:
+    """Compare a checkpoint with the run that wants to continue it.
+
+    Args:
+        state: from `load`.
+        config: the resolved configuration of the new run.
+        classes: of its data set.
+        images: of its training set.
+        in_place: the run goes on in its own folder; then it may be one that was cut off after its last epoch.
+
+    Returns:
+        The differences that cost bit-equality, as "lr: 0.4 in the checkpoint, 0.1 now".
+
+    Raises:
+        RevtrainError: the checkpoint is of another network, its run is already complete, or it was saved within
+            an epoch that cannot be continued with another batch or other data.
+    """
+    before, now = flatten(state["config"]), flatten(config)
+    before["data classes"], now["data classes"] = state["classes"], classes
+    if images is not None and state.get("images") is not None:
+        before["training images"], now["training images"] = state["images"], images
+    differing = [key for key in now if key not in FREE_KEYS and before.get(key) != now[key]]
+    foreign = [key for key in (*NETWORK_KEYS, "data classes") if key in differing]
+    if foreign:
+        raise RevtrainError(
+            "resume: the checkpoint is of another network.\n"
+            f"In the checkpoint: {', '.join(f'{key}={before.get(key)}' for key in foreign)}; "
+            f"given now: {', '.join(f'{key}={now[key]}' for key in foreign)}.\n"
+            f"Repeat its own command line: {command(state['overrides'], config['resume'])}"
+        )
+    if state["epoch"] >= config["epochs"] and not in_place:
+        raise RevtrainError(
+            f"resume: this run has already completed its {state['epoch']} epochs; "
+            f"epochs={config['epochs']} was given.\n"
+            f"To train on, ask for more, as in epochs={2 * state['epoch']}."
+        )
+    order = [key for key in differing if key in ("batch", "training images") or key.startswith("data.")]
+    if state.get("partial") and order:
+        raise RevtrainError(
+            f"resume: the checkpoint is from within epoch {state['epoch'] + 1}, which needs the same batch and data.\n"
+            f"In the checkpoint: {', '.join(f'{key}={before.get(key)}' for key in order)}; "
+            f"given now: {', '.join(f'{key}={now[key]}' for key in order)}.\n"
+            f"Give the same, or begin at the end of the last complete epoch: the {PREVIOUS} beside it."
+        )
+    return [f"{key}: {before.get(key)} in the checkpoint, {now[key]} now" for key in differing]
+
+
+def capture(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    generator: torch.Generator,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The state that `restore` puts back."""
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "rng": {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "data": generator.get_state(),
+        },
+    }
+
+
+def restore(
+    state: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    generator: torch.Generator,
+    device: torch.device,
+) -> None:
+    """Put a captured state back, random generators last: whatever ran before has no influence.
+
+    Raises:
+        RevtrainError: the weights do not fit the model.
+    """
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"]["cpu"])
+        if device.type == "cuda" and state["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], device)
+        generator.set_state(state["rng"]["data"])
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise RevtrainError(
+            f"resume: the weights in the checkpoint do not fit this network ({_first_line(error)}).\n"
+            "It may come from another version of revtrain; train anew, or use that version."
+        ) from error
+
+
+def command(overrides: list[str], resume: str | Path) -> str:
+    """The command line that continues a run."""
+    kept = [each for each in overrides if not each.startswith("resume=")]
+    return shlex.join([*launch.command(), *kept, f"resume={resume}"])
+
+
+def _first_line(error: Exception) -> str:
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    return text if len(text) <= 100 else text[:97] + "..."

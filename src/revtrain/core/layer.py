@@ -33,7 +33,7 @@ class InvertibleLayer(nn.Module):
 
     `piece_bytes` bounds each temporary of the in-place passes, in bytes. `is_pointwise`: the layer works value by
     value but for statistics, so that computing it again costs next to nothing. `passes_integers`: the lean methods
-    take states of an integer stream, too (see revtrain.core.state_format).
+    take states in an integer format, too (see revtrain.core.state_format).
     """
 
     piece_bytes: int = 2 * MIB

@@ -1,4 +1,4 @@
-"""How a chain holds its activations between layers: the residual stream.
+"""The number format of a chain's states, the activations between its layers (configuration key `stream`).
 
     plain      floating point, as the paper has it: the inverse of a sum is off by its rounding
     float32    floating point on a grid: values and residuals are multiples of 2^-16, and sums of such numbers are
@@ -28,16 +28,16 @@ _KINDS: dict[str, tuple[torch.dtype | None, int | None]] = {
     "int32": (torch.int32, 16),
     "int16": (torch.int16, 8),
 }
-STREAMS = tuple(_KINDS)
+STATE_FORMATS = tuple(_KINDS)
 _WIDER = {torch.int16: torch.int32, torch.int32: torch.int64}
 
 
 @dataclass(frozen=True)
 class StateFormat:
-    """The number format of a residual stream.
+    """The number format of a chain's states.
 
     Args:
-        name: one of `STREAMS`.
+        name: one of `STATE_FORMATS`.
         grid_bits: b, values are multiples of 2^-b; None: what the format is made for.
 
     Raises `RevtrainError` for an unknown name, or a grid that the format cannot have.
@@ -48,7 +48,7 @@ class StateFormat:
 
     def __post_init__(self):
         if self.name not in _KINDS:
-            raise RevtrainError(f"stream={self.name} is unknown.\nExpected one of: {', '.join(STREAMS)}.")
+            raise RevtrainError(f"stream={self.name} is unknown.\nExpected one of: {', '.join(STATE_FORMATS)}.")
         most = {"plain": 0, "float32": 23, "int32": 30, "int16": 14}[self.name]
         if self.grid_bits is not None and not 1 <= self.grid_bits <= most:
             wish = f"a whole number from 1 to {most}" if most else "null: a plain stream has no grid"

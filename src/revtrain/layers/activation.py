@@ -8,7 +8,7 @@ from torch import Tensor
 
 from revtrain.core.gradients import Gradients
 from revtrain.core.layer import InvertibleLayer
-from revtrain.core.pieces import batch_pieces
+from revtrain.core.pieces import batch_pieces, join
 from revtrain.errors import RevtrainError
 
 
@@ -44,10 +44,10 @@ class InvertibleLeakyReLU(InvertibleLayer):
         return F.leaky_relu_(x, self.slope)
 
     def recompute_for_backward_(self, x: Tensor, saved: None) -> tuple[Tensor, Tensor]:
-        # A rebuilt y may have crossed zero, and one crossing changes a gradient by a finite amount. Inside a block
-        # the true signs are at hand; they cost a bit an element for as long as the block is walked back.
-        signs = torch.cat([_pack(x[sl] < 0) for sl in batch_pieces(x, self.piece_bytes)])
-        return self.recompute_(x, None), signs
+        # A rebuilt y may have crossed zero, and one crossing changes a gradient by a finite amount. Inside a coupling
+        # block the true signs are at hand; they cost a bit an element until the block's backward pass is over.
+        signs = [_pack(x[sl] < 0) for sl in batch_pieces(x, self.piece_bytes)]
+        return self.recompute_(x, None), join(signs, -(-x.numel() // 8))
 
     def inverse_(self, y: Tensor, saved: Tensor | None) -> Tensor:
         return F.leaky_relu_(y, 1 / self.slope)

@@ -156,8 +156,8 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 
 
 def channel_mean(x: Tensor, piece_bytes: int, group: Any = None) -> Tensor:
-    """Mean over B, H, W of x (B, C, H, W) and the processes of `group`: (1, C, 1, 1), in float32 or better, chunk by
-    chunk."""
+    """Mean over B, H, W of x (B, C, H, W) and the processes of `group`: (1, C, 1, 1), in float32 or better, piece by
+    piece of the batch."""
     dtype = statistics_dtype(x)
     sums = [x[sl].sum((0, 2, 3), keepdim=True, dtype=dtype) for sl in batch_pieces(x, piece_bytes)]
     return _combine(sums, x, dtype, group)
@@ -171,7 +171,7 @@ def channel_mean_of_squares(x: Tensor, piece_bytes: int, group: Any = None) -> T
 
 
 def _combine(sums: list[Tensor], x: Tensor, dtype: torch.dtype, group: Any) -> Tensor:
-    # The chunks' sums are few and small: adding them in float64 costs nothing (MPS has none).
+    # The pieces' sums are few and small: adding them in float64 costs nothing (MPS has none).
     wide = dtype if x.device.type == "mps" else torch.float64
     count = x.numel() // x.shape[1] * processes(group)
     return (all_sum(torch.stack(sums).to(wide).sum(0), group) / count).to(dtype)

@@ -1,4 +1,4 @@
-"""torch's BatchNorm2d over chunks of the batch, forward and backward, with nothing of full size but what it reads."""
+"""torch's BatchNorm2d over pieces of the batch, forward and backward, with nothing of full size but what it reads."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class NormOverPieces:
 
         dx = gain du  -  gain (sum(du) + xhat sum(du xhat)) / N
 
-    is linear in two sums: chunk by chunk the first part is added to dx and the sums are gathered; what they take
-    off is pointwise in x and follows in a pass of its own.
+    is linear in two sums. Piece by piece, the first part is added to dx and the sums are gathered; the second part
+    needs the sums over the whole batch and follows in a pass of its own.
 
     Args:
         norm: the module with weights and running statistics; its `group`, if it has one, are the processes that
             share the batch.
         source: (B, C, H, W), a state or a part of one.
         read: a part of the source -> its values in floating point; not written to.
-        chunks: slices over the batch.
+        pieces: slices over the batch.
         statistics: of the first pass; None: this is the first pass, which updates the running statistics.
         memory_format: of what `normalised` returns.
     """
@@ -48,12 +48,12 @@ class NormOverPieces:
         norm: nn.BatchNorm2d,
         source: Tensor,
         read: Callable[[Tensor], Tensor],
-        chunks: Iterable[slice],
+        pieces: Iterable[slice],
         statistics: Statistics | None = None,
         memory_format: torch.memory_format = torch.contiguous_format,
     ):
         self.memory_format = memory_format
-        self.norm, self.source, self.read, self.chunks = norm, source, read, list(chunks)
+        self.norm, self.source, self.read, self.pieces = norm, source, read, list(pieces)
         self.group = getattr(norm, "group", None)
         self.count = source.numel() // source.shape[1] * processes(self.group)  # in all processes
         self.statistics = self._measure() if statistics is None else statistics
@@ -61,7 +61,7 @@ class NormOverPieces:
         self._sum_du_x: Tensor | None = None  # of the centred x
 
     def normalised(self, sl: slice) -> Tensor:
-        """u of a chunk, without a graph: one multiplication and one addition a value."""
+        """u of a piece, without a graph: one multiplication and one addition a value."""
         mean, variance, _ = self.statistics
         with torch.no_grad():
             scale = self.norm.weight * (variance + self.norm.eps).rsqrt()
@@ -73,7 +73,7 @@ class NormOverPieces:
             return torch.addcmul(_per_channel(shift), x, _per_channel(scale))
 
     def add_gradient_(self, dx: Tensor, du: Tensor, sl: slice) -> None:
-        """The first part of the gradient of a chunk: dx[sl] += gain du."""
+        """The first part of the gradient of a piece: dx[sl] += gain du."""
         du = du.contiguous()
         sums = du.sum((0, 2, 3), dtype=self.statistics.mean.dtype)
         sums_x = (self.read(self.source[sl]) - _per_channel(self.statistics.mean)).mul_(du).sum((0, 2, 3))
@@ -82,13 +82,13 @@ class NormOverPieces:
         add_product_(dx[sl], du, _per_channel(self._gain()))
 
     def finish_(self, dx: Tensor, grads: Gradients) -> None:
-        """The second part, for all chunks; the gradients of gamma and beta."""
+        """The second part, for all pieces; the gradients of gamma and beta."""
         mean, variance = self.statistics.mean, self.statistics.variance + self.norm.eps
         if self.statistics.of_batch:  # through the mean and the variance, too
             sum_du, sum_du_x = all_sum(torch.stack([self._sum_du, self._sum_du_x]), self.group)
             slope = self._gain() * sum_du_x / (self.count * variance)
             shift = self._gain() * sum_du / self.count - slope * mean
-            for sl in self.chunks:
+            for sl in self.pieces:
                 add_product_(dx[sl], self.read(self.source[sl]), _per_channel(-slope))
                 dx[sl].sub_(_per_channel(shift))
         grads.add(self.norm.bias, self._sum_du)
@@ -102,8 +102,8 @@ class NormOverPieces:
         norm = self.norm
         if not norm.training:
             return Statistics(norm.running_mean.clone(), norm.running_var.clone(), False)
-        mean = _add_up([_sum(self.read(self.source[sl])) for sl in self.chunks], self.group) / self.count
-        squares = [(self.read(self.source[sl]) - _per_channel(mean)).square_().sum((0, 2, 3)) for sl in self.chunks]
+        mean = _add_up([_sum(self.read(self.source[sl])) for sl in self.pieces], self.group) / self.count
+        squares = [(self.read(self.source[sl]) - _per_channel(mean)).square_().sum((0, 2, 3)) for sl in self.pieces]
         variance = _add_up(squares, self.group) / self.count
         if not norm.track_running_stats:  # a recomputation
             return Statistics(mean, variance, True)
@@ -116,12 +116,12 @@ class NormOverPieces:
 
 
 def normalise(x: Tensor, norm: nn.BatchNorm2d, piece_bytes: int) -> Tensor:
-    """`norm(x)` by ordinary autograd, to the bit what a `NormOverPieces` over chunks of `piece_bytes` computes.
+    """`norm(x)` by ordinary autograd, to the bit what a `NormOverPieces` over pieces of `piece_bytes` computes.
 
     The two backward modes are then one function to the last bit: one of a different rounding would cross other kinks of
     the activations, which changes gradients by more than rounding does.
     """
-    if torch.compiler.is_exporting():  # a graph for inference has no chunks, nor a number of images
+    if torch.compiler.is_exporting():  # a graph for inference has no pieces, nor a number of images
         return norm(x)
     return _Normalise.apply(x, norm.weight, norm.bias, norm, piece_bytes)
 
@@ -131,12 +131,12 @@ class _Normalise(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d, piece_bytes: int) -> Tensor:
         # Sums depend on the order of their terms: the states of a chain, which it stands for, are always contiguous.
         memory_format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-        chunked = NormOverPieces(
+        over_pieces = NormOverPieces(
             norm, x, lambda part: part.contiguous(), batch_pieces(x, piece_bytes), memory_format=memory_format
         )
-        ctx.statistics, ctx.eps, ctx.group = chunked.statistics, norm.eps, chunked.group
+        ctx.statistics, ctx.eps, ctx.group = over_pieces.statistics, norm.eps, over_pieces.group
         ctx.save_for_backward(x, weight)
-        return chunked.normalised(slice(None)).to(x.dtype)
+        return over_pieces.normalised(slice(None)).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -173,6 +173,6 @@ def _sum(x: Tensor) -> Tensor:
 
 
 def _add_up(parts: list[Tensor], group: Any) -> Tensor:
-    # The chunks' sums are few and small: adding them in float64 costs nothing (MPS has none).
+    # The pieces' sums are few and small: adding them in float64 costs nothing (MPS has none).
     wide = torch.float32 if parts[0].device.type == "mps" else torch.float64
     return all_sum(torch.stack(parts).to(wide).sum(0), group).to(parts[0].dtype)

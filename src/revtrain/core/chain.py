@@ -7,9 +7,9 @@ store    the same layers under ordinary autograd: the noise-free twin of section
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from revtrain.core.gradients import Gradients
-from revtrain.core.layer import InvertibleLayer
+from revtrain.core.layer import InvertibleLayer, context_for
 from revtrain.core.names import former_names
+from revtrain.core.recompute import parameters_of
 from revtrain.core.state_format import PLAIN, StateFormat
 from revtrain.errors import RevtrainError
 
@@ -108,18 +109,34 @@ class InvertibleChain(InvertibleLayer):
         if state_format.bits is not None:
             self.register_buffer("overflows", torch.zeros((), dtype=torch.int64), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        """The chain's result, with side inputs `context` for those layers and functions that take some."""
         if self.backward_mode == "store":
             x = self.state_format.snap(x)
             for layer in self.layers:
-                x = layer(x)
+                x = layer(x, *context_for(layer, context))
             return x if self.head is None else self.head(x)
-        parameters = list(self.parameters())
-        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters)):
-            return _ChainFunction.apply(x, self, *parameters)
+        return _without_compiler()(self, x, *context)
+
+    def _invert(self, x: Tensor, *context: Tensor) -> Tensor:
+        tensors = [*context, *parameters_of(self)]
+        if torch.is_grad_enabled() and (x.requires_grad or any(each.requires_grad for each in tensors)):
+            return _ChainFunction.apply(x, self, len(context), *tensors)
         with torch.no_grad():
-            state, _ = self.forward_(self.encode(x))
+            state, _ = self.forward_(self.encode(x), *context)
             return self.finish(state)[0]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[InvertibleLayer]:
+        return iter(self.layers)
+
+    def __getitem__(self, index: int | slice) -> InvertibleLayer:
+        """A layer, or for a slice a chain of the same layers without the head."""
+        if isinstance(index, slice):
+            return InvertibleChain(self.layers[index], self.backward_mode, state_format=self.state_format)
+        return self.layers[index]
 
     def encode(self, x: Tensor) -> Tensor:
         """x as a state in this chain's number format: a copy that it may overwrite."""
@@ -134,37 +151,39 @@ class InvertibleChain(InvertibleLayer):
             return self.head.forward_(state, self.state_format)
         return (state if state.is_floating_point() else self.state_format.decode(state)), None
 
-    def forward_(self, x: Tensor) -> tuple[Tensor, list[Any]]:
+    def forward_(self, x: Tensor, *context: Tensor) -> tuple[Tensor, list[Any]]:
         saved_by_layers = []
         for layer in self.layers:
             if self.observer is not None:
                 self.observer.on_input(layer, x)
-            x, saved = layer.forward_(x)
+            x, saved = layer.forward_(x, *context_for(layer, context))
             saved_by_layers.append(saved)
         return x, saved_by_layers
 
-    def recompute_(self, x: Tensor, saved: list[Any]) -> Tensor:
+    def recompute_(self, x: Tensor, saved: list[Any], *context: Tensor) -> Tensor:
         for layer, each in zip(self.layers, saved, strict=True):
-            x = layer.recompute_(x, each)
+            x = layer.recompute_(x, each, *context_for(layer, context))
         return x
 
-    def recompute_for_backward_(self, x: Tensor, saved: list[Any]) -> tuple[Tensor, list[Any]]:
+    def recompute_for_backward_(self, x: Tensor, saved: list[Any], *context: Tensor) -> tuple[Tensor, list[Any]]:
         saved_again = []
         for layer, each in zip(self.layers, saved, strict=True):
-            x, more = layer.recompute_for_backward_(x, each)
+            x, more = layer.recompute_for_backward_(x, each, *context_for(layer, context))
             saved_again.append(more)
         return x, saved_again
 
-    def inverse_(self, y: Tensor, saved: list[Any]) -> Tensor:
+    def inverse_(self, y: Tensor, saved: list[Any], *context: Tensor) -> Tensor:
         for layer, each in zip(reversed(self.layers), reversed(saved), strict=True):
-            y = layer.inverse_(y, each)
+            y = layer.inverse_(y, each, *context_for(layer, context))
             if self.observer is not None:
                 self.observer.on_reconstructed(layer, y)
         return y
 
-    def backward_(self, y: Tensor, dy: Tensor, saved: list[Any], grads: Gradients) -> tuple[Tensor, Tensor]:
+    def backward_(
+        self, y: Tensor, dy: Tensor, saved: list[Any], grads: Gradients, *context: Tensor
+    ) -> tuple[Tensor, Tensor]:
         for layer, each in zip(reversed(self.layers), reversed(saved), strict=True):
-            y, dy = layer.backward_(y, dy, each, grads)
+            y, dy = layer.backward_(y, dy, each, grads, *context_for(layer, context))
             if self.observer is not None:
                 self.observer.on_reconstructed(layer, y)
         return y, dy
@@ -177,10 +196,16 @@ class InvertibleChain(InvertibleLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+@cache
+def _without_compiler() -> Callable[..., Tensor]:
+    """`InvertibleChain._invert`, which torch.compile leaves alone as a whole: one break of the graph a chain."""
+    return torch.compiler.disable(InvertibleChain._invert)
+
+
 class _ChainFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, chain: InvertibleChain, *parameters: Tensor) -> Tensor:
-        ctx.chain, ctx.parameters, ctx.input_dtype = chain, parameters, x.dtype
+    def forward(ctx, x: Tensor, chain: InvertibleChain, side_inputs: int, *tensors: Tensor) -> Tensor:
+        ctx.chain, ctx.tensors, ctx.side_inputs, ctx.input_dtype = chain, tensors, side_inputs, x.dtype
         # Recomputation must round as the forward pass did, so it runs under the same autocast state. Its cache
         # stays off: a weight cast without a graph (here) must not be found where a graph is wanted (there).
         device = x.device.type
@@ -192,7 +217,7 @@ class _ChainFunction(torch.autograd.Function):
             cache_enabled=False,
         )
         with ctx.autocast():
-            state, ctx.saved = chain.forward_(chain.encode(x))
+            state, ctx.saved = chain.forward_(chain.encode(x), *tensors[:side_inputs])
             result, ctx.saved_by_head = chain.finish(state)
         # As the state; that of an integer one is in 16 bit under autocast.
         ctx.gradient_dtype = state.dtype if state.is_floating_point() else _compute_dtype(x)
@@ -204,7 +229,7 @@ class _ChainFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor):
         (saved_state,) = ctx.saved_tensors
-        chain, grads = ctx.chain, Gradients(ctx.parameters)
+        chain, grads, context = ctx.chain, Gradients(ctx.tensors), ctx.tensors[: ctx.side_inputs]
         state = saved_state.detach() if ctx.owns_state else saved_state.detach().clone()
         with ctx.autocast():
             if chain.head is None:
@@ -214,14 +239,14 @@ class _ChainFunction(torch.autograd.Function):
                 dstate = chain.head.backward_(
                     state, dy, ctx.saved_by_head, grads, chain.state_format, ctx.gradient_dtype
                 )
-            x, dx = chain.backward_(state, dstate, ctx.saved, grads)
+            x, dx = chain.backward_(state, dstate, ctx.saved, grads, *context)
         if not ctx.needs_input_grad[0]:
             dx = None
         elif dx.dtype != ctx.input_dtype:  # x has served its purpose: a narrower gradient fits into its storage
             fits = x.is_contiguous() and x.element_size() >= ctx.input_dtype.itemsize
             narrow = x.view(-1).view(ctx.input_dtype)[: dx.numel()].view(dx.shape) if fits else None
             dx = dx.to(ctx.input_dtype) if narrow is None else narrow.copy_(dx)
-        return dx, None, *grads.values()
+        return dx, None, None, *grads.values()
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -1,73 +1,48 @@
-"""Parameter gradients of a backward pass that a chain runs itself, and what a recomputation must not disturb."""
+"""Gradients that one backward pass of a chain gathers for its parameters and side inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
+
+from revtrain.core.recompute import is_dense, shares_memory
 
 
 class Gradients:
-    """Parameter gradients gathered during one backward pass of a chain.
+    """Gradients gathered during one backward pass of a chain, of parameters and of side inputs.
 
-    They go back through autograd, so hooks, `torch.autograd.grad` and DDP see them.
+    They go back through autograd, so hooks, `torch.autograd.grad` and DDP see them. What is gathered is never shared
+    with anybody: autograd may return the very tensor that it was handed, or one tensor for two parameters.
     """
 
-    def __init__(self, parameters: Iterable[Tensor]):
-        self.parameters = list(parameters)
-        self._values: dict[int, Tensor | None] = {id(p): None for p in self.parameters if p.requires_grad}
+    def __init__(self, tensors: Iterable[Tensor]):
+        self.tensors = list(tensors)
+        self._values: dict[int, Tensor | None] = {id(each): None for each in self.tensors if each.requires_grad}
 
-    def wanted(self, parameters: Iterable[Tensor]) -> list[Tensor]:
-        """Those of `parameters` whose gradient somebody asks for."""
-        return [p for p in parameters if id(p) in self._values]
+    def wanted(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Those of `tensors` whose gradient somebody asks for."""
+        return [each for each in tensors if id(each) in self._values]
 
-    def add(self, parameter: Tensor, gradient: Tensor | None) -> None:
-        """Add `gradient` (same shape as `parameter`) to what is gathered; the tensor is then ours."""
-        if gradient is None or id(parameter) not in self._values:
+    def add(self, tensor: Tensor, gradient: Tensor | None, lent: Tensor | None = None) -> None:
+        """Add `gradient` (same shape as `tensor`) to what is gathered.
+
+        Args:
+            lent: what autograd was handed to compute it: `gradient` may be the very same memory, which is then copied.
+        """
+        if gradient is None or id(tensor) not in self._values:
             return
-        gathered = self._values[id(parameter)]
-        if gathered is None:
-            self._values[id(parameter)] = gradient.to(parameter.dtype)
-        else:
+        gathered = self._values[id(tensor)]
+        if gathered is not None:
             gathered.add_(gradient)
+            return
+        own = gradient.to(tensor.dtype)
+        others = (each for each in (lent, *self._values.values()) if each is not None)
+        if not is_dense(own) or any(shares_memory(own, each) for each in others):
+            own = own.clone(memory_format=torch.contiguous_format)
+        self._values[id(tensor)] = own
 
     def values(self) -> list[Tensor | None]:
-        """One gradient a parameter, in the order given; None where nothing arrived."""
-        return [self._values.get(id(p)) for p in self.parameters]
-
-
-@contextmanager
-def frozen_running_statistics(module: nn.Module) -> Iterator[None]:
-    """Let batch norms inside `module`, torch's and ours, normalise as in training, but update nothing."""
-    tracking = [m for m in module.modules() if m.training and getattr(m, "track_running_stats", False)]
-    for m in tracking:
-        m.track_running_stats = False
-    try:
-        yield
-    finally:
-        for m in tracking:
-            m.track_running_stats = True
-
-
-@contextmanager
-def stand_ins(module: nn.Module, parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Replace `parameters` inside `module` by detached leaves of the same storage, and yield those.
-
-    A gradient taken piece by piece with respect to the leaves passes no hook of the real parameters; these
-    then fire once, with the whole gradient, when the chain returns it through autograd.
-    """
-    leaf_of = {id(p): p.detach().requires_grad_() for p in parameters}
-    places = [
-        (m, name, p)
-        for m in module.modules()
-        for name, p in m.named_parameters(recurse=False, remove_duplicate=False)
-        if id(p) in leaf_of
-    ]
-    for m, name, p in places:
-        m._parameters[name] = leaf_of[id(p)]
-    try:
-        yield [leaf_of[id(p)] for p in parameters]
-    finally:
-        for m, name, p in places:
-            m._parameters[name] = p
+        """One gradient for each of the tensors, in the order given; None where nothing arrived."""
+        return [self._values.get(id(each)) for each in self.tensors]

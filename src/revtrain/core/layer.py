@@ -1,4 +1,4 @@
-"""What an invertible layer is, and the two small helpers that every such layer uses.
+"""What an invertible layer is.
 
 The data's way through a reversible network:
 
@@ -11,13 +11,17 @@ everywhere in torch, and runs without autograd.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from revtrain.core.gradients import Gradients, frozen_running_statistics, stand_ins
+from revtrain.core.gradients import Gradients
 from revtrain.core.pieces import MIB
+from revtrain.core.recompute import FirstRun, SecondRun, is_dense, parameters_of, shares_memory
+from revtrain.errors import RevtrainError
 
 
 class InvertibleLayer(nn.Module):
@@ -40,41 +44,126 @@ class InvertibleLayer(nn.Module):
     is_pointwise: bool = False
     passes_integers: bool = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
         """y of x by ordinary autograd: the noise-free twin (`backward=store`)."""
         raise NotImplementedError
 
-    def inverse(self, y: Tensor, saved: Any = None) -> Tensor:
-        """x of y; neither y nor `saved` is changed."""
-        return self.inverse_(y.clone(memory_format=torch.contiguous_format), saved)
+    def inverse(self, y: Tensor, saved: Any = None, *context: Tensor) -> Tensor:
+        """x of y; neither y nor `saved` is changed.
 
-    # The lean forms. The defaults serve any layer that has only forward and inverse.
+        Raises:
+            RevtrainError: the layer needs what the forward pass saved, and `saved` is None.
+        """
+        with torch.no_grad():
+            return self.inverse_(y.clone(memory_format=torch.contiguous_format), self.require(saved), *context)
 
-    def forward_(self, x: Tensor) -> tuple[Tensor, Any]:
+    def require(self, saved: Any) -> Any:
+        """`saved`, or what takes its place where a user inverts without it: for layers that can say so."""
+        return saved
+
+    # The lean forms. The defaults serve any layer that has only forward and inverse: `saved` is then its first run.
+
+    def forward_(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Any]:
         """(y, saved); updates running statistics as `forward` does."""
-        return self.forward(x), None
+        first = FirstRun(self, x.device)
+        y = first(x, *context)
+        first.end()
+        # The chain will write into y: it must not be a parameter, a side input or an expanded view.
+        others = (*parameters_of(self), *self.buffers(), *context)
+        if not is_dense(y) or any(shares_memory(y, each) for each in others):
+            y = y.clone(memory_format=torch.contiguous_format)
+        return y.detach(), first
 
-    def recompute_(self, x: Tensor, saved: Any) -> Tensor:
+    def recompute_(self, x: Tensor, saved: Any, *context: Tensor) -> Tensor:
         """y of x a second time, with the `saved` of the first; updates nothing."""
-        with frozen_running_statistics(self):
-            return self.forward(x)
+        with SecondRun(self._first_run(x, saved)) as again:
+            return again.within(self.forward, x, *context)
 
-    def recompute_for_backward_(self, x: Tensor, saved: Any) -> tuple[Tensor, Any]:
+    def recompute_for_backward_(self, x: Tensor, saved: Any, *context: Tensor) -> tuple[Tensor, Any]:
         """(y, saved) a second time, right before `backward_`: more may be kept, since it lives for a moment only."""
-        return self.recompute_(x, saved), saved
+        return self.recompute_(x, saved, *context), saved
 
-    def inverse_(self, y: Tensor, saved: Any) -> Tensor:
+    def inverse_(self, y: Tensor, saved: Any, *context: Tensor) -> Tensor:
         """x of y, in place where the layer can."""
-        return self.inverse(y, saved)
+        if isinstance(saved, FirstRun):
+            with SecondRun(saved) as again:
+                return again.within(lambda y, *rest: self.inverse(y, None, *rest), y, *context)
+        return self.inverse(y, saved, *context)
 
-    def backward_(self, y: Tensor, dy: Tensor, saved: Any, grads: Gradients) -> tuple[Tensor, Tensor]:
-        """(x, dx) of (y, dy); parameter gradients are added to `grads`. Shapes of x and dx are equal."""
-        x = self.inverse_(y, saved)
+    def backward_(self, y: Tensor, dy: Tensor, saved: Any, grads: Gradients, *context: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, dx) of (y, dy); gradients of parameters and side inputs are added to `grads`.
+
+        Shapes of x and dx are equal; the chain may write into both.
+        """
+        x = self.inverse_(y, saved, *context)
+        if shares_memory(x, dy) or not is_dense(x):
+            x = x.clone(memory_format=torch.contiguous_format)
+        first = self._first_run(x, saved)
+        wanted = grads.wanted(parameters_of(self))
         leaf = x.detach().requires_grad_()
-        parameters = grads.wanted(self.parameters())
-        with torch.enable_grad(), frozen_running_statistics(self), stand_ins(self, parameters) as leaves:
-            again = self.forward(leaf)
-        dx, *dparameters = torch.autograd.grad(again, [leaf, *leaves], dy, allow_unused=True)
-        for parameter, gradient in zip(parameters, dparameters, strict=True):
-            grads.add(parameter, gradient)
-        return x, torch.zeros_like(x) if dx is None else dx
+        sides = [each.detach().requires_grad_(each.requires_grad) for each in context]
+        with torch.enable_grad(), SecondRun(first, wanted) as again:
+            recomputed = again(leaf, *sides) if first.outputs else again.within(self.forward, leaf, *sides)
+        dx = differentiate_(recomputed, leaf, sides, again.leaves, dy, (*context, *wanted), grads)
+        if dx is None:
+            return x, torch.zeros_like(x)
+        own = is_dense(dx) and not shares_memory(dx, x)
+        return x, dx if own else dx.clone(memory_format=torch.contiguous_format)
+
+    def _first_run(self, x: Tensor, saved: Any) -> FirstRun:
+        """What `forward_` of this class has kept; of a subclass that has its own `forward_`, the present state."""
+        return saved if isinstance(saved, FirstRun) else FirstRun(self, x.device).begin_again()
+
+
+def differentiate_(
+    y: Tensor,
+    leaf: Tensor,
+    sides: Sequence[Tensor],
+    leaves: Sequence[Tensor],
+    dy: Tensor,
+    owners: Sequence[Tensor],
+    grads: Gradients,
+) -> Tensor | None:
+    """The gradient of `leaf`; those of `sides` and `leaves` go to `grads` for their `owners`, in this order.
+
+    None where y does not depend on `leaf`. The result may share memory with dy.
+
+    Raises:
+        RevtrainError: autograd refuses, as for a reentrant checkpoint.
+    """
+    if not y.requires_grad:  # a constant
+        return None
+    wanted = [each for each in sides if each.requires_grad]
+    owners = [owner for owner, each in zip(owners, sides, strict=False) if each.requires_grad] + list(
+        owners[len(sides) :]
+    )
+    # The gradient needs the graph of y, not its values.
+    end = torch.autograd.graph.get_gradient_edge(y)
+    dtype = y.dtype
+    del y
+    dleaf: Tensor | None
+    try:
+        dleaf, *gradients = torch.autograd.grad(end, [leaf, *wanted, *leaves], dy.to(dtype), allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise RevtrainError(
+            "A function inside of a chain uses torch.utils.checkpoint with use_reentrant=True.\n"
+            "Its gradients cannot be taken inside of another backward pass: use use_reentrant=False."
+        ) from error
+    while gradients:  # one at a time, so that each is gone before the next piece
+        grads.add(owners[len(gradients) - 1], gradients.pop(), lent=dy)
+    return dleaf
+
+
+def takes_context(module: nn.Module) -> bool:
+    """Whether side inputs are for this module: its forward has more than one argument."""
+    kinds = inspect.signature(module.forward).parameters.values()
+    return len([each for each in kinds if each.kind is not each.KEYWORD_ONLY]) > 1 or any(
+        each.kind is each.VAR_POSITIONAL for each in kinds
+    )
+
+
+def context_for(module: nn.Module, context: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The side inputs that `module` takes: all, or none."""
+    return context if context and takes_context(module) else ()

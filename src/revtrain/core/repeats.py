@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from revtrain.core.chain import InvertibleChain
 from revtrain.core.gradients import Gradients
-from revtrain.core.layer import InvertibleLayer
+from revtrain.core.layer import InvertibleLayer, context_for
 
 
 @contextmanager
@@ -45,17 +45,17 @@ class _OncePerKind(InvertibleLayer):
         self.layer, self.first = layer, first
         self.kind = (type(layer), tuple(parameter.shape for parameter in layer.parameters()))
 
-    def forward_(self, x: Tensor) -> tuple[Tensor, Any]:
+    def forward_(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Any]:
         works = self.first.setdefault((self.kind, x.shape), self) is self
         if not works:
             return x, (works, None)
-        y, saved = self.layer.forward_(x)
+        y, saved = self.layer.forward_(x, *context_for(self.layer, context))
         return y, (works, saved)
 
-    def backward_(self, y: Tensor, dy: Tensor, saved: Any, grads: Gradients) -> tuple[Tensor, Tensor]:
+    def backward_(self, y: Tensor, dy: Tensor, saved: Any, grads: Gradients, *context: Tensor) -> tuple[Tensor, Tensor]:
         works, saved_by_layer = saved
         if works:
-            return self.layer.backward_(y, dy, saved_by_layer, grads)
+            return self.layer.backward_(y, dy, saved_by_layer, grads, *context_for(self.layer, context))
         for parameter in grads.wanted(self.layer.parameters()):
             grads.add(parameter, torch.empty_like(parameter))
         return y, dy

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from revtrain.core.gradients import Gradients
 from revtrain.core.layer import InvertibleLayer
 from revtrain.core.names import former_names
+from revtrain.core.recompute import shares_memory
 from revtrain.core.state_format import PLAIN, StateFormat
 from revtrain.errors import RevtrainError
 from revtrain.layers.bounded import BoundedConv2d
@@ -48,21 +49,29 @@ class AdditiveCoupling(InvertibleLayer):
     @former_names(stream="state_format")
     def __init__(
         self,
-        channels: int,
+        channels: int | tuple[int, int],
         f: nn.Module,
-        g: nn.Module,
+        g: nn.Module | None = None,
         per_sample: bool = False,
         scale: float = 1.0,
         state_format: StateFormat = PLAIN,
         channels_last: bool = False,
+        dim: int = 1,
     ):
         super().__init__()
-        if channels < 2 or channels % 2:
+        if isinstance(channels, int) and (channels < 2 or channels % 2):
             raise RevtrainError(
                 f"A coupling of {channels} channels cannot be split into two equal halves.\n"
-                f"Expected an even number: {channels + 1} or {max(2, channels - 1)}, say (see `width`)."
+                f"Expected an even number: {channels + 1} or {max(2, channels - 1)}, say (see `width`); or two sizes, "
+                f"as in ({max(1, channels - channels // 2)}, {max(1, channels // 2)})."
             )
-        self.channels, self.per_sample, self.channels_last = channels, per_sample, channels_last
+        sizes = (channels // 2, channels // 2) if isinstance(channels, int) else tuple(channels)
+        if len(sizes) != 2 or min(sizes) < 1:
+            raise RevtrainError(f"channels={channels} was given.\nExpected an even number, or two sizes of at least 1.")
+        if dim == 0:
+            raise RevtrainError("dim=0 would split the batch.\nExpected another dimension: 1, or the last for tokens.")
+        self.sizes: tuple[int, int] = (sizes[0], sizes[1])
+        self.channels, self.dim, self.per_sample, self.channels_last = sum(sizes), dim, per_sample, channels_last
         self.residual_sum = ResidualSum(scale, state_format)
         self.f, self.g = f, g
         self.passes_integers = state_format.is_integer
@@ -70,56 +79,88 @@ class AdditiveCoupling(InvertibleLayer):
             self.register_buffer("overflows", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, {self.residual_sum}"
+        return f"{self.sizes}, dim={self.dim}, {self.residual_sum}"
 
-    def forward(self, x: Tensor) -> Tensor:
-        x1, x2 = x.chunk(2, dim=1)
-        # Dense as in the lean form: some kernels round differently on a strided half.
-        memory_format = self._memory_format(x)
-        y1 = x1 + self.residual_sum.of(self.f(x2.contiguous(memory_format=memory_format)))
-        y2 = x2 + self.residual_sum.of(self.g(y1.contiguous(memory_format=memory_format)))
-        return torch.cat([y1, y2], dim=1)
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        x1, x2 = self._parts(x)
+        y1 = self._added("f", x1, x2, context)
+        y2 = x2 if self.g is None else self._added("g", x2, y1, context)
+        return torch.cat([y1, y2], dim=self.dim)
 
-    def forward_(self, x: Tensor) -> tuple[Tensor, Any]:
-        x1, x2 = self._halves(x)
-        saved_f = self._pass_through(self.f, x).add_(x2, x1)
-        saved_g = self._pass_through(self.g, x).add_(x1, x2)
+    def forward_(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Any]:
+        x1, x2 = self._parts(x)
+        saved_f = self._pass_through("f", x, context).add_(x2, x1)
+        saved_g = None if self.g is None else self._pass_through("g", x, context).add_(x1, x2)
         return x, (saved_f, saved_g)
 
-    def recompute_(self, x: Tensor, saved: Any) -> Tensor:
-        x1, x2 = self._halves(x)
-        self._pass_through(self.f, x).recompute_(x2, x1, saved[0], sign=1)
-        self._pass_through(self.g, x).recompute_(x1, x2, saved[1], sign=1)
+    def recompute_(self, x: Tensor, saved: Any, *context: Tensor) -> Tensor:
+        x1, x2 = self._parts(x)
+        self._pass_through("f", x, context).recompute_(x2, x1, saved[0], 1)
+        if self.g is not None:
+            self._pass_through("g", x, context).recompute_(x1, x2, saved[1], 1)
         return x
 
-    def inverse_(self, y: Tensor, saved: Any) -> Tensor:
-        y1, y2 = self._halves(y)
-        self._pass_through(self.g, y).recompute_(y1, y2, saved[1], sign=-1)
-        self._pass_through(self.f, y).recompute_(y2, y1, saved[0], sign=-1)
+    def inverse_(self, y: Tensor, saved: Any, *context: Tensor) -> Tensor:
+        y1, y2 = self._parts(y)
+        if self.g is not None:
+            self._pass_through("g", y, context).recompute_(y1, y2, saved[1], -1)
+        self._pass_through("f", y, context).recompute_(y2, y1, saved[0], -1)
         return y
 
-    def backward_(self, y: Tensor, dy: Tensor, saved: Any, grads: Gradients) -> tuple[Tensor, Tensor]:
-        (y1, y2), (dy1, dy2) = self._halves(y), self._halves(dy)
-        self._pass_through(self.g, y).undo_(y1, y2, dy1, dy2, saved[1], grads)  # y2 becomes x2; dy1 is complete
-        self._pass_through(self.f, y).undo_(y2, y1, dy2, dy1, saved[0], grads)  # y1 becomes x1; dy2 is complete
+    def backward_(self, y: Tensor, dy: Tensor, saved: Any, grads: Gradients, *context: Tensor) -> tuple[Tensor, Tensor]:
+        (y1, y2), (dy1, dy2) = self._parts(y), self._parts(dy)
+        if self.g is not None:  # y2 becomes x2; dy1 is complete
+            self._pass_through("g", y, context).undo_(y1, y2, dy1, dy2, saved[1], grads)
+        # y1 becomes x1; dy2 is complete
+        self._pass_through("f", y, context).undo_(y2, y1, dy2, dy1, saved[0], grads)
         return y, dy
 
-    def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        # Views of one buffer: the two halves are never copied apart or joined again.
-        half = self.channels // 2
-        return x.narrow(1, 0, half), x.narrow(1, half, half)
+    def _added(self, which: str, target: Tensor, source: Tensor, context: tuple[Tensor, ...]) -> Tensor:
+        """target + s F(source), by ordinary autograd, with what the lean form hands to F: a dense copy of its own."""
+        own = source.contiguous(memory_format=self._memory_format(source))
+        through = self._pass_through(which, source, context)
+        if shares_memory(own, source) and writes_its_input(through.function, own):
+            own = own.clone()
+        version = None if own.is_inference() else own._version
+        residual = through.fits(through.function(own, *through.context), target)
+        if shares_memory(own, source) and not own.is_inference() and own._version != version:
+            raise RevtrainError(
+                f"{through.name} changes its input in place, which the coupling needs once more.\n"
+                "Let it begin with an operation that makes a tensor of its own, as x + 1 rather than x.add_(1)."
+            )
+        return self.residual_sum.added(target, residual)
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        # Views of one buffer: the two parts are never copied apart or joined again.
+        dim, (first, second) = self.dim, self.sizes
+        if x.dim() < 2 or not -x.dim() <= dim < x.dim() or x.shape[dim] != first + second:
+            raise RevtrainError(
+                f"{type(self).__name__}: an input of shape {tuple(x.shape)} was given; expected {first + second} along "
+                f"dimension {dim}, which is split into {first} and {second}.\n"
+                "Give `channels` what the input has there, and `dim` the dimension: 2 or -1 for tokens (B, T, C)."
+            )
+        return x.narrow(dim, 0, first), x.narrow(dim, first, second)
 
     def _memory_format(self, x: Tensor) -> torch.memory_format:
         return convolution_format(x) if self.channels_last else torch.contiguous_format
 
-    def _pass_through(self, function: nn.Module, x: Tensor) -> ResidualPass:
-        overflows = getattr(self, "overflows", None)
+    def _pass_through(self, which: str, x: Tensor, context: tuple[Tensor, ...] = ()) -> ResidualPass:
+        """The way through `f` or `g`."""
+        function, overflows = getattr(self, which), getattr(self, "overflows", None)
         common = (function, self.residual_sum, self.piece_bytes, overflows, self._memory_format(x))
+        name = f"{which} of {type(self).__name__}, a {type(function).__name__}"
         if isinstance(function, PreNorm):
-            return PreNormPass(*common)
+            return PreNormPass(*common, name=name, context=context)
         if isinstance(function, InvertibleLayer):
-            return LayerwisePass(*common)
-        return RecomputedPass(*common, per_sample=self.per_sample)
+            return LayerwisePass(*common, name=name, context=context)
+        return RecomputedPass(*common, name=name, context=context, per_sample=self.per_sample)
+
+
+def writes_its_input(function: nn.Module, x: Tensor) -> bool:
+    """Whether the first thing that `function` does is an operation in place, as far as its modules tell."""
+    while isinstance(function, nn.Sequential) and len(function):
+        function = function[0]
+    return bool(getattr(function, "inplace", False))
 
 
 class CouplingConv2d(AdditiveCoupling):

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revtrain.core.gradients import Gradients, stand_ins
+from revtrain.core.gradients import Gradients
+from revtrain.core.layer import differentiate_
 from revtrain.core.pieces import MIB, batch_pieces, join
+from revtrain.core.recompute import FirstRun, SecondRun, parameters_of
 from revtrain.core.state_format import PLAIN, StateFormat
 from revtrain.layers.norm_pieces import NormOverPieces, normalise
 from revtrain.layers.pooling import merge_sub_images
@@ -61,19 +63,18 @@ class Head(nn.Module):
     ) -> Tensor:
         """The gradient of `state`, in `dtype`; those of the parameters are added to `grads`."""
         inputs = self._inputs(state, state_format, saved)
-        parameters = grads.wanted(self.linear.parameters())
         dstate = torch.zeros(state.shape, dtype=dtype, device=state.device)
-        with stand_ins(self.linear, parameters) as leaves:
+        wanted = grads.wanted(parameters_of(self.linear))
+        with SecondRun(FirstRun(self.linear, state.device).begin_again(), wanted) as again:
             for sl in inputs.pieces:
                 leaf = inputs.normalised(sl).requires_grad_()
                 with torch.enable_grad():
-                    logits = self._logits(self._features(leaf))
+                    logits = again.within(self._logits, self._features(leaf))
                 images = slice(sl.start // self.sub_images, sl.stop // self.sub_images)
-                du, *gradients = torch.autograd.grad(logits, [leaf, *leaves], dlogits[images].to(logits.dtype))
+                du = differentiate_(logits, leaf, (), again.leaves, dlogits[images], wanted, grads)
                 del logits
-                inputs.add_gradient_(dstate, du, sl)
-                for parameter, gradient in zip(parameters, gradients, strict=True):
-                    grads.add(parameter, gradient)
+                if du is not None:
+                    inputs.add_gradient_(dstate, du, sl)
         inputs.finish_(dstate, grads)
         return dstate
 

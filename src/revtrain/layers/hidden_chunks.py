@@ -111,7 +111,8 @@ class HiddenChunkCoupling(AdditiveCoupling):
         super().__init__(channels, f, g, scale=scale, state_format=state_format)
         self.hidden_chunk = hidden_chunk
 
-    def _pass_through(self, function: WideResidual, x: Tensor) -> ResidualPass:
+    def _pass_through(self, which: str, x: Tensor, context: tuple[Tensor, ...] = ()) -> ResidualPass:
+        function = getattr(self, which)
         overflows = getattr(self, "overflows", None)
         return _HiddenChunksPass(function, self.residual_sum, self.hidden_chunk, self.piece_bytes, overflows)
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from revtrain.core.gradients import stand_ins
+from revtrain.core.layer import context_for
 from revtrain.core.pieces import MIB, batch_pieces
-from revtrain.core.random_state import RandomState, random_state, run_noting_random_state
+from revtrain.core.recompute import FirstRun, SecondRun, parameters_of
 from revtrain.layers.norm_pieces import NormOverPieces, Statistics, normalise
 from revtrain.layers.residual_pass import ResidualPass, floating_dtype, undo_piece
 
@@ -37,44 +37,54 @@ class PreNorm(nn.Module):
         self.norm = nn.BatchNorm2d(channels)
         self.body = body
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(normalise(x, self.norm, self.piece_bytes))
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        return self.body(normalise(x, self.norm, self.piece_bytes), *context_for(self.body, context))
 
 
 class PreNormPass(ResidualPass):
     """`target` +/- s body(BN(`source`)), one piece of the batch at a time."""
 
-    def add_(self, source: Tensor, target: Tensor) -> tuple[Statistics, list[RandomState | None]]:
-        norm, states = self._norm(source), []
+    @property
+    def body_context(self) -> tuple[Tensor, ...]:
+        """The side inputs, if the body takes some."""
+        return context_for(self.function.body, self.context)
+
+    def add_(self, source: Tensor, target: Tensor) -> tuple[Statistics, FirstRun]:
+        norm, first = self._norm(source), FirstRun(self.function.body, source.device, f"{self.name}.body")
         for sl in norm.pieces:
-            residual, state = run_noting_random_state(self.function.body, norm.normalised(sl))
+            residual = self.fits(first(norm.normalised(sl), *self.body_context), target[sl])
             self.residual_sum.add_(target[sl], residual, 1, self.piece_bytes, self.overflows)
-            states.append(state)
-        return norm.statistics, states
+        return norm.statistics, first.end()
 
     def recompute_(self, source: Tensor, target: Tensor, saved: Any, sign: int) -> None:
-        statistics, states = saved
+        statistics, first = saved
         norm = self._norm(source, statistics)
-        for sl, state in zip(norm.pieces, states, strict=True):
-            with random_state(state, source.device):
-                residual = self.function.body(norm.normalised(sl))
-            self.residual_sum.add_(target[sl], residual, sign, self.piece_bytes)
+        with SecondRun(first) as again:
+            for sl in norm.pieces:
+                residual = again(norm.normalised(sl), *self.body_context)
+                self.residual_sum.add_(target[sl], residual, sign, self.piece_bytes)
 
     def undo_(self, source, target, dsource, dtarget, saved, grads):
-        statistics, states = saved
-        norm, body = self._norm(source, statistics), self.function.body
-        parameters = grads.wanted(body.parameters())
-        with stand_ins(body, parameters) as leaves:
-            for sl, state in zip(norm.pieces, states, strict=True):
+        statistics, first = saved
+        norm, wanted = self._norm(source, statistics), grads.wanted(parameters_of(self.function.body))
+        with SecondRun(first, wanted) as again:
+            for sl in norm.pieces:
                 leaf = norm.normalised(sl).requires_grad_()
-                du, gradients = undo_piece(
-                    body, self.residual_sum, leaf, target[sl], dtarget[sl], state, leaves, self.piece_bytes
+                du = undo_piece(
+                    again,
+                    self.residual_sum,
+                    leaf,
+                    target[sl],
+                    dtarget[sl],
+                    wanted,
+                    grads,
+                    self.piece_bytes,
+                    self.body_context,
                 )
                 del leaf
-                norm.add_gradient_(dsource, du, sl)
+                if du is not None:
+                    norm.add_gradient_(dsource, du, sl)
                 del du
-                while gradients:  # one at a time, so that each is gone before the next piece
-                    grads.add(parameters[len(gradients) - 1], gradients.pop())
         norm.finish_(dsource, grads)
 
     def _norm(self, source: Tensor, statistics: Statistics | None = None) -> NormOverPieces:
@@ -83,6 +93,8 @@ class PreNormPass(ResidualPass):
         )
 
     def _pieces(self, source: Tensor) -> Iterator[slice]:
+        if self.body_context:
+            return iter([slice(None)])
         # By the bytes of what the body reads: the state itself may be narrower.
         wide = floating_dtype(self.function).itemsize
         return batch_pieces(source, self.piece_bytes * source.element_size() // wide)

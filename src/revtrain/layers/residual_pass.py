@@ -7,7 +7,7 @@ of the chain's state. `dsource` and `dtarget` are the same halves of the gradien
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from revtrain.core.chain import InvertibleChain
-from revtrain.core.gradients import Gradients, frozen_running_statistics, stand_ins
-from revtrain.core.layer import InvertibleLayer
+from revtrain.core.gradients import Gradients
+from revtrain.core.layer import InvertibleLayer, context_for, differentiate_
 from revtrain.core.pieces import batch_pieces
-from revtrain.core.random_state import RandomState, random_state, run_noting_random_state
+from revtrain.core.recompute import FirstRun, SecondRun, parameters_of
 from revtrain.core.state_format import PLAIN, StateFormat
+from revtrain.errors import RevtrainError
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,12 @@ class ResidualSum:
     scale: float = 1.0
     state_format: StateFormat = PLAIN
 
-    def of(self, residual: Tensor) -> Tensor:
-        """s `residual`, on the grid; differentiable."""
-        return self.state_format.snap(residual if self.scale == 1 else self.scale * residual)
+    def added(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x + s `residual`, on the grid; differentiable, and bit for bit what `add_` computes."""
+        if not self.state_format.rounds(x):
+            return torch.add(x, residual, alpha=self.scale)
+        residual = residual if residual.dtype == torch.float64 else residual.float()
+        return x + self.state_format.snap(residual if self.scale == 1 else residual * self.scale)
 
     def add_(
         self, target: Tensor, residual: Tensor, sign: int, piece_bytes: int, overflows: Tensor | None = None
@@ -58,6 +62,8 @@ class ResidualPass:
         piece_bytes: bound of each temporary.
         overflows: counts the values that leave the range of the grid; None where there is no grid.
         memory_format: in which the function reads its source.
+        name: of the function, for messages.
+        context: side inputs of the chain, for a function that takes some.
     """
 
     def __init__(
@@ -67,8 +73,11 @@ class ResidualPass:
         piece_bytes: int,
         overflows: Tensor | None = None,
         memory_format: torch.memory_format = torch.contiguous_format,
+        name: str = "",
+        context: tuple[Tensor, ...] = (),
     ):
-        self.function, self.residual_sum = function, residual_sum
+        self.function, self.residual_sum, self.name = function, residual_sum, name or type(function).__name__
+        self.context = context_for(function, context)
         self.piece_bytes, self.overflows, self.memory_format = piece_bytes, overflows, memory_format
 
     def add_(self, source: Tensor, target: Tensor) -> Any:
@@ -80,7 +89,13 @@ class ResidualPass:
         raise NotImplementedError
 
     def undo_(
-        self, source: Tensor, target: Tensor, dsource: Tensor, dtarget: Tensor, saved: Any, grads: Gradients
+        self,
+        source: Tensor,
+        target: Tensor,
+        dsource: Tensor,
+        dtarget: Tensor,
+        saved: Any,
+        grads: Gradients,
     ) -> None:
         """target -= s function(source); dsource += s (d function / d source)^T dtarget."""
         raise NotImplementedError
@@ -88,6 +103,19 @@ class ResidualPass:
     def read(self, source: Tensor) -> Tensor:
         """`source`, or a part of it, in floating point: a copy in the function's memory format."""
         return self.residual_sum.state_format.decode(source, floating_dtype(self.function), self.memory_format)
+
+    def fits(self, residual: Tensor, target: Tensor) -> Tensor:
+        """`residual`, if it can be added to `target` value by value.
+
+        Raises:
+            RevtrainError: shapes differ; a result that broadcasts is refused, too.
+        """
+        if residual.shape != target.shape:
+            raise RevtrainError(
+                f"{self.name} returned {tuple(residual.shape)}; the part of the state that it is added to has "
+                f"{tuple(target.shape)}.\nExpected the same shape."
+            )
+        return residual
 
     def view(self, source: Tensor) -> Tensor:
         """As `read`, but not to be written to: no copy where the state is in floating point."""
@@ -103,7 +131,7 @@ def convolution_format(x: Tensor) -> torch.memory_format:
 
 def floating_dtype(function: nn.Module) -> torch.dtype:
     """The precision of a function's parameters; float32 where it has none."""
-    return next((p.dtype for p in function.parameters() if p.is_floating_point()), torch.float32)
+    return next((p.dtype for p in parameters_of(function) if p.is_floating_point()), torch.float32)
 
 
 class LayerwisePass(ResidualPass):
@@ -114,12 +142,14 @@ class LayerwisePass(ResidualPass):
     """
 
     def add_(self, source: Tensor, target: Tensor) -> Any:
-        residual, saved = self.function.forward_(self.read(source))
+        residual, saved = self.function.forward_(self.read(source), *self.context)
         self.residual_sum.add_(target, residual, 1, self.piece_bytes, self.overflows)
         return saved
 
     def recompute_(self, source: Tensor, target: Tensor, saved: Any, sign: int) -> None:
-        self.residual_sum.add_(target, self.function.recompute_(self.read(source), saved), sign, self.piece_bytes)
+        self.residual_sum.add_(
+            target, self.function.recompute_(self.read(source), saved, *self.context), sign, self.piece_bytes
+        )
 
     def undo_(self, source, target, dsource, dtarget, saved, grads):
         is_chain = isinstance(self.function, InvertibleChain)
@@ -128,23 +158,25 @@ class LayerwisePass(ResidualPass):
         rest = layers[len(leading) :]
         x = self.read(source)
         for layer, each in leading:
-            x = layer.recompute_(x, each)
-        x, kept = _recompute_for_backward(rest, x)
+            x = layer.recompute_(x, each, *context_for(layer, self.context))
+        x, kept = _recompute_for_backward(rest, x, self.context)
         self.residual_sum.add_(target, x, -1, self.piece_bytes)
         dx = dtarget.clone(memory_format=torch.contiguous_format).mul_(self.residual_sum.scale)
         x, dx = self._invert_layers(kept, x, dx, grads)
         for sl in batch_pieces(x, self.piece_bytes):
             x[sl].copy_(self.read(source[sl]))
-        x, kept = _recompute_for_backward(leading, x)
+        x, kept = _recompute_for_backward(leading, x, self.context)
         x, dx = self._invert_layers(kept, x, dx, grads)
         # The rebuilt source is thrown away: `source` itself comes from the block's own inverse, which has less noise.
         dsource.add_(dx)
 
-    def _invert_layers(self, layers: list[tuple[InvertibleLayer, Any]], y, dy, grads) -> tuple[Tensor, Tensor]:
+    def _invert_layers(
+        self, layers: list[tuple[InvertibleLayer, Any]], y: Tensor, dy: Tensor, grads: Gradients
+    ) -> tuple[Tensor, Tensor]:
         observer = getattr(self.function, "observer", None)
         while layers:
             layer, saved = layers.pop()
-            y, dy = layer.backward_(y, dy, saved, grads)
+            y, dy = layer.backward_(y, dy, saved, grads, *context_for(layer, self.context))
             if observer is not None:
                 observer.on_reconstructed(layer, y)
         return y, dy
@@ -156,11 +188,13 @@ class LayerwisePass(ResidualPass):
         return super().read(source)
 
 
-def _recompute_for_backward(layers: list[tuple[InvertibleLayer, Any]], x: Tensor):
+def _recompute_for_backward(
+    layers: list[tuple[InvertibleLayer, Any]], x: Tensor, context: tuple[Tensor, ...]
+) -> tuple[Tensor, list[tuple[InvertibleLayer, Any]]]:
     """`x` through `layers` once more, and the layers with what each keeps for its way back."""
     kept = []
     for layer, saved in layers:
-        x, more = layer.recompute_for_backward_(x, saved)
+        x, more = layer.recompute_for_backward_(x, saved, *context_for(layer, context))
         kept.append((layer, more))
     return x, kept
 
@@ -168,60 +202,68 @@ def _recompute_for_backward(layers: list[tuple[InvertibleLayer, Any]], x: Tensor
 class RecomputedPass(ResidualPass):
     """Any module: recomputed from its source and differentiated by autograd; in pieces of the batch if `per_sample`."""
 
-    def __init__(self, *common: Any, per_sample: bool = False):
-        super().__init__(*common)
+    def __init__(self, *common: Any, per_sample: bool = False, **named: Any):
+        super().__init__(*common, **named)
         self.per_sample = per_sample
 
-    def add_(self, source: Tensor, target: Tensor) -> list[RandomState | None]:
-        saved = []
+    def add_(self, source: Tensor, target: Tensor) -> FirstRun:
+        first = FirstRun(self.function, source.device, self.name)
         for sl in self._pieces(source):
-            residual, state = run_noting_random_state(self.function, self.read(source[sl]))
+            residual = self.fits(first(self.read(source[sl]), *self.context), target[sl])
             self.residual_sum.add_(target[sl], residual, 1, self.piece_bytes, self.overflows)
-            saved.append(state)
-        return saved
+        return first.end()
 
-    def recompute_(self, source: Tensor, target: Tensor, saved: list[RandomState | None], sign: int) -> None:
-        for sl, state in zip(self._pieces(source), saved, strict=True):
-            with frozen_running_statistics(self.function), random_state(state, source.device):
-                self.residual_sum.add_(target[sl], self.function(self.read(source[sl])), sign, self.piece_bytes)
+    def recompute_(self, source: Tensor, target: Tensor, saved: FirstRun, sign: int) -> None:
+        with SecondRun(saved) as again:
+            for sl in self._pieces(source):
+                residual = again(self.read(source[sl]), *self.context)
+                self.residual_sum.add_(target[sl], residual, sign, self.piece_bytes)
 
     def undo_(self, source, target, dsource, dtarget, saved, grads):
-        parameters = grads.wanted(self.function.parameters())
-        with frozen_running_statistics(self.function), stand_ins(self.function, parameters) as leaves:
-            for sl, state in zip(self._pieces(source), saved, strict=True):
+        wanted = grads.wanted(parameters_of(self.function))
+        with SecondRun(saved, wanted) as again:
+            for sl in self._pieces(source):
                 leaf = self.read(source[sl]).requires_grad_()
-                dleaf, gradients = undo_piece(
-                    self.function, self.residual_sum, leaf, target[sl], dtarget[sl], state, leaves, self.piece_bytes
+                dleaf = undo_piece(
+                    again,
+                    self.residual_sum,
+                    leaf,
+                    target[sl],
+                    dtarget[sl],
+                    wanted,
+                    grads,
+                    self.piece_bytes,
+                    self.context,
                 )
                 if dleaf is not None:
                     dsource[sl].add_(dleaf)
                 del leaf, dleaf
-                while gradients:  # one at a time, so that each is gone before the next piece
-                    grads.add(parameters[len(gradients) - 1], gradients.pop())
 
     def _pieces(self, source: Tensor) -> Iterator[slice]:
-        return batch_pieces(source, self.piece_bytes) if self.per_sample else iter([slice(None)])
+        # Whether a side input has a part for each sample is not known: with one, the batch stays whole.
+        whole = self.context or not self.per_sample
+        return iter([slice(None)]) if whole else batch_pieces(source, self.piece_bytes)
 
 
 def undo_piece(
-    function: nn.Module,
+    again: SecondRun,
     residual_sum: ResidualSum,
     leaf: Tensor,
     target: Tensor,
     dtarget: Tensor,
-    state: RandomState | None,
-    leaves: list[Tensor],
+    wanted: Sequence[Tensor],
+    grads: Gradients,
     piece_bytes: int,
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """target -= s function(leaf); the gradients of `leaf` and of `leaves`. Its temporaries end with it."""
-    with torch.enable_grad(), random_state(state, leaf.device):
-        residual = function(leaf)
+    context: Sequence[Tensor] = (),
+) -> Tensor | None:
+    """target -= s function(leaf, *context); the gradient of `leaf`, which may share memory with `dtarget`.
+
+    Gradients of side inputs and parameters go to `grads`, those of parameters for `wanted`. The
+    temporaries end with this function.
+    """
+    sides = [each.detach().requires_grad_(each.requires_grad) for each in context]
+    with torch.enable_grad():
+        residual = again(leaf, *sides)
     residual_sum.add_(target, residual, -1, piece_bytes)
-    scaled = dtarget if residual_sum.scale == 1 else dtarget * residual_sum.scale
-    dresidual = scaled.to(residual.dtype)
-    del scaled
-    # The gradient needs the graph of the residual, not its values.
-    end = torch.autograd.graph.get_gradient_edge(residual)
-    del residual
-    dleaf, *gradients = torch.autograd.grad(end, [leaf, *leaves], dresidual, allow_unused=True)
-    return dleaf, gradients
+    dresidual = dtarget if residual_sum.scale == 1 else dtarget * residual_sum.scale
+    return differentiate_(residual, leaf, sides, again.leaves, dresidual, (*context, *wanted), grads)

@@ -79,7 +79,9 @@ def _schema_fields(part: type) -> list[tuple[str, Any, Any]]:
         if item.name != "own":
             default = {"default": item.default} if item.default is not MISSING else {}
             factory = {"default_factory": item.default_factory} if item.default_factory is not MISSING else {}
-            found.append((item.name, hints[item.name], field(**default, **factory)))
+            # what must be given by a yaml, as depth is by each architecture's, is null before that
+            kind = Optional[hints[item.name]] if item.default is None else hints[item.name]
+            found.append((item.name, kind, field(**default, **factory)))
     return found
 
 
@@ -160,14 +162,9 @@ def _of(part: type, values: Mapping[str, Any], prefix: str = "") -> dict[str, An
             found[item.name] = hints[item.name](**_of(hints[item.name], value, f"{name}."))
             continue
         key = keys_of(part, prefix)[name]
-        check(_never_null(key) if name in ("depth", "width") else key, value)
+        check(key, value)
         found[item.name] = value
     return found
-
-
-def _never_null(key: Key) -> Key:
-    """depth and width have no default of their own, but an architecture must have given one by now."""
-    return Key(key.name, key.types[0], key.default, key.rule)
 
 
 def _check_found(key: str, name: str, package: str) -> None:

@@ -37,7 +37,7 @@ class Network(Generic[Own]):
     """What is built. `own` holds the keys that only some architectures have."""
 
     arch: str = key("hybrid", "architecture")
-    depth: Optional[int] = key(
+    depth: int = key(
         None,
         "units of the trunk, spread over the stages",
         at_least=1,
@@ -45,7 +45,7 @@ class Network(Generic[Own]):
         remark="depth counts the units of the trunk; each arch has its own default",
         shown="the arch's own",
     )
-    width: Optional[int] = key(
+    width: int = key(
         None,
         "c, channels at full resolution",
         at_least=1,

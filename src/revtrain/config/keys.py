@@ -87,7 +87,7 @@ def in_words(key: Key) -> str:
     if get_origin(key.types[0]) is list:
         return f"a list, as in {key.name}=[{','.join(key.rule.choices[:2]) or '1,2'}]"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return " or ".join([*(words[kind] for kind in key.types), *(["null"] if key.is_optional else [])])
+    return " or ".join([*(words[kind] for kind in key.types), *(["null"] if key.default is None else [])])
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -116,7 +116,7 @@ def read(cfg: DictConfig | Mapping[str, Any] | Config, stored: bool = False) -> 
     _check_found("arch", values["arch"], "models")
     _check_found("data", data["name"], "data")
     own = _own(values, "models", values["arch"], "arch", stored)
-    own_of_data = _own(data, "data", data["name"], "data", stored=True)  # `data=` alone may change from job to job
+    own_of_data = _own(data, "data", data["name"], "data", stored)
     config = Config(
         network=Network(**_of(Network, values), own=own),
         training=Training(**_of(Training, values)),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, field, fields, make_dataclass
+from dataclasses import MISSING, Field, asdict, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, Optional, get_type_hints
 
@@ -29,7 +29,8 @@ SIDE_BY_SIDE = (Network, Training, Machine)  # parts whose keys have no prefix
 
 def own_keys(package: str) -> dict[str, dict[str, Key]]:
     """The keys that only some architectures (`models`) or data sets (`data`) have: key -> {who has it: the key}."""
-    prefix, found = "data." if package == "data" else "", {}
+    prefix = "data." if package == "data" else ""
+    found: dict[str, dict[str, Key]] = {}
     for owner in registry.names(package):
         kind = registry.settings(package, owner)
         for name, key in (keys_of(kind, prefix) if kind else {}).items():
@@ -77,12 +78,16 @@ def _schema_fields(part: type) -> list[tuple[str, Any, Any]]:
     hints, found = get_type_hints(part), []
     for item in fields(part):
         if item.name != "own":
-            default = {"default": item.default} if item.default is not MISSING else {}
-            factory = {"default_factory": item.default_factory} if item.default_factory is not MISSING else {}
             # what must be given by a yaml, as depth is by each architecture's, is null before that
             kind = Optional[hints[item.name]] if item.default is None else hints[item.name]
-            found.append((item.name, kind, field(**default, **factory)))
+            found.append((item.name, kind, _same_default(item)))
     return found
+
+
+def _same_default(item: Field[Any]) -> Any:
+    if item.default_factory is MISSING:
+        return field(default=item.default)
+    return field(default_factory=item.default_factory)
 
 
 def _own_fields(package: str) -> list[tuple[str, Any, Any]]:

@@ -41,13 +41,14 @@ def facts(cfg: DataConfig[Any]) -> Facts:
     return Facts(cfg.classes, cfg.image_size)
 
 
-def check(cfg: DataConfig[Any]) -> None:
-    """Refuse a configuration without a folder."""
+def check(cfg: DataConfig[Any]) -> str:
+    """The folder; a configuration without one is refused."""
     if not cfg.root:
         raise RevtrainError(
             "data=imagefolder was given without data.root.\n"
             "Add data.root=FOLDER, a folder that holds train/CLASS/* and test/CLASS/*."
         )
+    return cfg.root
 
 
 def load(cfg: DataConfig[Any]) -> tuple[Split, Split, list[str]]:
@@ -59,8 +60,7 @@ def load(cfg: DataConfig[Any]) -> tuple[Split, Split, list[str]]:
     Raises:
         RevtrainError: missing or empty folders, differing classes, an image that cannot be used.
     """
-    check(cfg)
-    root = Path(cfg.root).expanduser().absolute()
+    root = Path(check(cfg)).expanduser().absolute()
     if not root.is_dir():
         raise RevtrainError(
             f"data.root={cfg.root} is no folder ({root}).\nGive a folder that holds train/CLASS/* and test/CLASS/*."

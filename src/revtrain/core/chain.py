@@ -7,10 +7,10 @@ store    the same layers under ordinary autograd: the noise-free twin of section
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class Observer(Protocol):
 class Head(Protocol):
     """What may end a chain: a module that is not inverted (see `revtrain.layers.Head`)."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """The chain's result by ordinary autograd."""
 
     def forward_(self, state: Tensor, state_format: StateFormat) -> tuple[Tensor, Any]:
@@ -75,6 +75,8 @@ class InvertibleChain(InvertibleLayer):
     """
 
     observer: Observer | None = None
+    layers: Sequence[InvertibleLayer]
+    overflows: Tensor
 
     @former_names(stream="state_format", readout="head")
     def __init__(
@@ -86,7 +88,7 @@ class InvertibleChain(InvertibleLayer):
         head: Head | None = None,
     ):
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers = cast(Sequence[InvertibleLayer], nn.ModuleList(layers))
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, InvertibleLayer):
                 raise RevtrainError(

@@ -42,12 +42,12 @@ def frozen_running_statistics(module: nn.Module) -> Iterator[None]:
     """Let batch norms inside `module`, torch's and ours, normalise as in training, but update nothing."""
     tracking = [m for m in module.modules() if m.training and getattr(m, "track_running_stats", False)]
     for m in tracking:
-        m.track_running_stats = False
+        m.track_running_stats = False  # type: ignore[assignment]  # any module's attribute
     try:
         yield
     finally:
         for m in tracking:
-            m.track_running_stats = True
+            m.track_running_stats = True  # type: ignore[assignment]
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def stand_ins(module: nn.Module, parameters: list[Tensor]) -> Iterator[list[Tens
         if id(p) in leaf_of
     ]
     for m, name, p in places:
-        m._parameters[name] = leaf_of[id(p)]
+        m._parameters[name] = leaf_of[id(p)]  # type: ignore[assignment]  # a leaf of the same use
     try:
         yield [leaf_of[id(p)] for p in parameters]
     finally:

@@ -72,7 +72,14 @@ class StateFormat:
         """Below this magnitude all sums are exact."""
         if self.bits is None:
             return 0.0
-        return 2.0 ** ((torch.iinfo(self.dtype).bits - 1 if self.is_integer else 24) - self.bits)
+        return 2.0 ** ((24 if self.dtype is None else torch.iinfo(self.dtype).bits - 1) - self.bits)
+
+    @property
+    def step(self) -> float:
+        """The distance between two numbers of the grid, 2^-b. Raises `ValueError` where there is none."""
+        if self.bits is None:
+            raise ValueError(f"state format {self.name} has no grid")
+        return 2.0**-self.bits
 
     def rounds(self, x: Tensor) -> bool:
         """Whether values like x go onto the grid: float64 needs none, unless it stands for integers."""
@@ -84,8 +91,7 @@ class StateFormat:
         x = x if self.bits is None else x.to(_at_least_float32(x.dtype))
         if not self.rounds(x):
             return x
-        step = 2.0**self.bits
-        snapped = (x.detach() * step).round_().div_(step)
+        snapped = (x.detach() * (1 / self.step)).round_().mul_(self.step)
         return snapped + (x - x.detach()) if x.requires_grad else snapped
 
     def encode(self, x: Tensor, piece_bytes: int) -> tuple[Tensor, Tensor | None]:
@@ -104,7 +110,9 @@ class StateFormat:
                 return state, torch.stack(lost).sum()
             return state, None
         state = torch.zeros(x.shape, dtype=self.dtype, device=x.device)
-        lost = [self.add_(state[sl], x[sl].to(_at_least_float32(x.dtype))) for sl in batch_pieces(x, piece_bytes)]
+        lost = [
+            self._add_integers_(state[sl], x[sl].to(_at_least_float32(x.dtype))) for sl in batch_pieces(x, piece_bytes)
+        ]
         return state, torch.stack(lost).sum()
 
     def decode(
@@ -117,14 +125,17 @@ class StateFormat:
         if state.is_floating_point():
             return state.clone(memory_format=memory_format)
         values = torch.empty(state.shape, dtype=dtype, device=state.device, memory_format=memory_format)
-        return values.copy_(state).mul_(2.0**-self.bits)
+        return values.copy_(state).mul_(self.step)
 
     def add_(self, state: Tensor, residual: Tensor, sign: int = 1) -> Tensor | None:
         """state += sign * residual, in place, on the grid. Integers: how many values left the range, as a tensor ()."""
         if state.is_floating_point():
             state.add_(self.snap(residual), alpha=sign)
             return None
-        scaled = (residual * 2.0**self.bits).round_()
+        return self._add_integers_(state, residual, sign)
+
+    def _add_integers_(self, state: Tensor, residual: Tensor, sign: int = 1) -> Tensor:
+        scaled = (residual * (1 / self.step)).round_()
         wider = _WIDER[state.dtype]
         beyond = ~(scaled.abs() < torch.iinfo(wider).max / 2)  # or not a number: adds nothing, but counts
         total = scaled.masked_fill_(beyond, 0).to(wider).mul_(sign).add_(state)

@@ -49,6 +49,9 @@ class InvertibleBatchNorm2d(InvertibleLayer):
     is_pointwise = True
     track_running_stats = True  # False while a forward pass is computed again
     group: Any = None
+    running_mean: Tensor
+    running_var: Tensor
+    signs: Tensor | int
 
     def __init__(
         self, channels: int, epsilon_i: float = 0.1, eps: float = 1e-5, momentum: float = 0.1, sign: str = "positive"

@@ -44,6 +44,8 @@ class PreNorm(nn.Module):
 class PreNormPass(ResidualPass):
     """`target` +/- s body(BN(`source`)), one piece of the batch at a time."""
 
+    function: PreNorm
+
     def add_(self, source: Tensor, target: Tensor) -> tuple[Statistics, list[RandomState | None]]:
         norm, states = self._norm(source), []
         for sl in norm.pieces:

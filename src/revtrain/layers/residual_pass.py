@@ -113,6 +113,8 @@ class LayerwisePass(ResidualPass):
     which is at hand: that costs no convolution, and the signs that they keep are alive only for their own part.
     """
 
+    function: InvertibleLayer
+
     def add_(self, source: Tensor, target: Tensor) -> Any:
         residual, saved = self.function.forward_(self.read(source))
         self.residual_sum.add_(target, residual, 1, self.piece_bytes, self.overflows)
@@ -223,5 +225,5 @@ def undo_piece(
     # The gradient needs the graph of the residual, not its values.
     end = torch.autograd.graph.get_gradient_edge(residual)
     del residual
-    dleaf, *gradients = torch.autograd.grad(end, [leaf, *leaves], dresidual, allow_unused=True)
-    return dleaf, gradients
+    gradients: list[Tensor | None] = list(torch.autograd.grad(end, [leaf, *leaves], dresidual, allow_unused=True))
+    return gradients.pop(0), gradients

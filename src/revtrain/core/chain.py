@@ -1,8 +1,10 @@
-"""The chain: the one place that owns a backward pass.
+"""The chain: invertible layers in a row, and the one backward pass that goes through them.
 
-invert   forward keeps the chain's output and a few numbers a layer; backward walks the layers in
-         reverse and turns (y, dy) into (x, dx) in two buffers, whatever the depth.
-store    the same layers under ordinary autograd: the noise-free twin of section 5.1.
+invert   The forward pass keeps the chain's output and a few numbers a layer (of a BN, its statistics). The backward
+         pass goes through the layers from last to first; each turns its output y and the gradient dy into its input x
+         and dx. Two buffers of an activation's size serve them all, whatever the depth.
+store    The same layers under ordinary autograd, which keeps their activations: the gradients without the noise of
+         inversion, for comparison (section 5.1).
 """
 
 from __future__ import annotations

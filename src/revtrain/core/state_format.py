@@ -3,12 +3,12 @@
     plain      floating point, as the paper has it: the inverse of a sum is off by its rounding
     float32    floating point on a grid: values and residuals are multiples of 2^-16, and sums of such numbers are
                exact below 2^8
-    int32      fixed point, the same grid in 32 bits: exact everywhere, range 2^15
-    int16      fixed point in half of the bytes: multiples of 2^-8, range 2^7
+    int32      fixed point: multiples of 2^-16 as 32-bit integers; sums are exact below 2^15
+    int16      fixed point in half of the bytes: multiples of 2^-8; sums are exact below 2^7
 
-On a grid, y1 = x1 + round(F(x2)) is undone to the last bit at any depth (Eqs. 8, 9). Where a sum leaves the range,
-integers wrap round: still undone exactly, but the network then computes with a wrong value; floating point goes on
-with a rounded one: a right value, not undone exactly. Every such value is counted, in either.
+On a grid, y1 = x1 + round(F(x2)) is undone to the last bit at any depth (Eqs. 8, 9). A sum can leave the range.
+Integers then wrap round, which is still undone exactly, but the network has computed with a wrong value. Floating point
+rounds it, which is a good value, but is not undone exactly. Either way it is counted.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ class StateFormat:
         return 2.0**-self.bits
 
     def rounds(self, x: Tensor) -> bool:
-        """Whether values like x go onto the grid: float64 needs none, unless it stands for integers."""
+        """Whether values in the precision of x are rounded to the grid. Those in float64 are not, unless they stand for
+        the states of an integer format (backward=store)."""
         return self.bits is not None and (x.dtype == torch.float32 or (self.is_integer and x.dtype == torch.float64))
 
     def snap(self, x: Tensor) -> Tensor:

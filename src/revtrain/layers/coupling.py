@@ -74,7 +74,7 @@ class AdditiveCoupling(InvertibleLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         x1, x2 = x.chunk(2, dim=1)
-        # Dense as in the lean form: some kernels round differently on a strided half.
+        # Dense as in forward_: some kernels round differently on a strided half.
         memory_format = self._memory_format(x)
         y1 = x1 + self.residual_sum.of(self.f(x2.contiguous(memory_format=memory_format)))
         y2 = x2 + self.residual_sum.of(self.g(y1.contiguous(memory_format=memory_format)))

@@ -1,4 +1,4 @@
-"""torch's BatchNorm2d over pieces of the batch, forward and backward, with nothing of full size but what it reads."""
+"""torch's BatchNorm2d over pieces of the batch, forward and backward: no tensor of its input's size is made."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ from revtrain.machine.device import DTYPES
 from revtrain.memory.closed_form import analytic_memory
 from revtrain.models import architectures, build_model
 from revtrain.optim import make_optimizer
-from revtrain.planning.plan import MOST_IMAGES, StepPredictor, largest_batch
-from revtrain.planning.predict import training_step_memory
+from revtrain.planning.plan import MOST_IMAGES, largest_batch
+from revtrain.planning.predict import StepPredictor
 
 MIB = 2**20
 LIMITS = {"500 MiB": 500 * MIB} | {f"{gib} GiB": gib * 1024 * MIB for gib in (1, 2, 4, 8, 16)}
@@ -41,12 +41,7 @@ CLASSES = 10
 
 def measure(cfg: Any, image_size: int, batch: int) -> int:
     """Peak live bytes of a real training step on the CPU."""
-
-    def make():
-        model = build_model(cfg, CLASSES, image_size)
-        return model, make_optimizer(model, cfg)
-
-    return training_step_memory(make, batch, image_size, CLASSES, DTYPES[cfg.precision]).step
+    return StepPredictor(cfg, CLASSES, image_size, quick=False, device=torch.device("cpu"))(batch).peak
 
 
 def measure_cuda(cfg: Any, image_size: int, batch: int) -> str:

@@ -10,8 +10,20 @@ from torch import nn
 
 from revtrain.core.chain import InvertibleChain, observe
 from revtrain.core.layer import InvertibleLayer
+from revtrain.core.repeats import without_repeats
 from revtrain.core.state_format import StateFormat
-from revtrain.layers import AdditiveCoupling, CouplingConv2d, InvertibleBatchNorm2d, InvertibleLeakyReLU, WideResidual
+from revtrain.layers import (
+    AdditiveCoupling,
+    BatchPooling,
+    ChunkedCoupling,
+    CouplingConv2d,
+    Head,
+    HiddenChunkCoupling,
+    InvertibleBatchNorm2d,
+    InvertibleLeakyReLU,
+    Readout,
+    WideResidual,
+)
 
 
 def small_chain(**options):
@@ -277,7 +289,7 @@ def test_observer_sees_every_layer_and_is_gone_afterwards():
         chain(images()).sum().backward()
     layers = {layer for m in chain.modules() if isinstance(m, InvertibleChain) for layer in m.layers}
     assert set(recorder.inputs) == set(recorder.rebuilt) == layers
-    assert len(recorder.inputs) == len(recorder.rebuilt) == len(layers), "each layer once: replays do not count"
+    assert len(recorder.inputs) == len(recorder.rebuilt) == len(layers), "each layer once: recomputation does not count"
     chain(images()).sum().backward()
     assert len(recorder.inputs) == len(layers)
 
@@ -292,12 +304,12 @@ def test_coupling_on_a_grid_is_inverted_bit_by_bit_at_any_depth(make):
 
     def rebuilt_exactly(name):
         torch.manual_seed(0)
-        stream = StateFormat(name)
+        grid = StateFormat(name)
         chain = InvertibleChain(
-            [AdditiveCoupling(4, make(2), make(2), stream=stream) for _ in range(40)], stream=stream
+            [AdditiveCoupling(4, make(2), make(2), state_format=grid) for _ in range(40)], state_format=grid
         )
         with torch.no_grad():
-            x = chain.encode(stream.snap(images(dtype=torch.float32)))
+            x = chain.encode(grid.snap(images(dtype=torch.float32)))
             y, saved = chain.forward_(x.clone())
             return torch.equal(chain.inverse(y, saved), x)
 
@@ -321,7 +333,7 @@ def test_the_grid_is_the_same_function_in_both_modes():
     def make():
         grid = StateFormat("float32", grid_bits=12)
         return InvertibleChain(
-            [AdditiveCoupling(4, plain(2), plain(2), scale=0.3, stream=grid) for _ in range(3)], stream=grid
+            [AdditiveCoupling(4, plain(2), plain(2), scale=0.3, state_format=grid) for _ in range(3)], state_format=grid
         )
 
     inverting, storing = twins(make)
@@ -333,3 +345,53 @@ def test_the_grid_is_the_same_function_in_both_modes():
     assert torch.equal(*outputs)
     assert torch.equal(outputs[0] * 2**12, (outputs[0] * 2**12).round()), "all values lie on the grid"
     assert_same_gradients(inverting, storing, rtol=1e-4, atol=1e-5)
+
+
+def test_former_names_serve_as_before():
+    grid, head = StateFormat("int32"), Head(4, 10)
+    coupling = AdditiveCoupling(4, plain(2), plain(2), stream=grid)
+    chain = InvertibleChain([coupling], stream=grid, readout=head)
+    assert coupling.residual_sum.state_format is chain.state_format is grid and chain.head is head
+    assert HiddenChunkCoupling(4, 3, stream=grid).passes_integers
+    assert (ChunkedCoupling, Readout) == (HiddenChunkCoupling, Head)
+    with pytest.raises(TypeError, match="both head and its former name readout"):
+        InvertibleChain([coupling], head=head, readout=head)
+
+
+def test_a_network_saved_under_former_names_loads():
+    def make():
+        return nn.Sequential(InvertibleChain([CouplingConv2d(4)], head=Head(4, 10, slope=0.2)))
+
+    network, again = make(), make()
+    former = {key.replace("0.head.", "0.readout."): value for key, value in network.state_dict().items()}
+    assert "0.readout.linear.weight" in former
+    again.load_state_dict(former)
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True))
+
+
+class Counting(CouplingConv2d):
+    """A coupling that counts the times it works."""
+
+    worked = 0
+
+    def forward_(self, x):
+        self.worked += 1
+        return super().forward_(x)
+
+
+def test_of_equal_layers_the_first_works_for_all_inside_without_repeats():
+    """Equal in kind, weights and shape of the state; each gets gradients, and afterwards each works again."""
+    inner = InvertibleChain([Counting(2), Counting(2)])
+    layers = [Counting(4), Counting(4), BatchPooling(), BatchPooling(), Counting(4), Counting(4, kernel_size=1)]
+    chain = InvertibleChain([*layers, AdditiveCoupling(4, inner, nn.Conv2d(2, 2, 1))]).double()
+    before = list(chain.layers)
+    with without_repeats(nn.Sequential(chain)):
+        y = chain(images())
+        y.sum().backward()
+    assert y.shape == (96, 4, 1, 1), "both poolings: their states differ in shape"
+    assert [layer.worked for layer in layers if isinstance(layer, Counting)] == [1, 0, 1, 1]
+    assert [layer.worked for layer in inner.layers] == [1, 1], "a chain inside a layer stays whole"
+    assert all(parameter.grad is not None for parameter in chain.parameters())
+    assert list(chain.layers) == before
+    chain(images())
+    assert layers[1].worked == 1

@@ -1,6 +1,7 @@
 """Every layer: round trip, exact gradient, the lean forms equal to the plain ones, and clear refusals."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from cases import LAYERS, compose, ids
 
 from revtrain.core.chain import InvertibleChain
 from revtrain.core.gradients import Gradients
-from revtrain.core.pieces import batch_pieces, set_chunk_mib
+from revtrain.core.pieces import batch_pieces, few_rounds, join, rounds, set_chunk_mib
 from revtrain.errors import RevtrainError
 from revtrain.layers import (
     AdditiveCoupling,
@@ -78,7 +79,7 @@ def test_lean_forward_equals_the_plain_one(case, training):
             torch.testing.assert_close(a, b, msg=f"{name}: the lean form must update what the plain one does")
         before = [b.clone() for b in layer.buffers()]
         assert_same(layer.recompute_(x.clone(), saved), expected, 1e-11)
-        assert all(torch.equal(a, b) for a, b in zip(before, layer.buffers(), strict=True)), "a replay updates nothing"
+        assert all(torch.equal(a, b) for a, b in zip(before, layer.buffers(), strict=True)), "updates nothing"
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 600, 2**21], ids=lambda b: f"chunk-{b}")
@@ -223,12 +224,34 @@ def test_merge_takes_the_mean_over_the_parts_of_one_image():
     assert merge_sub_images(features, 4).flatten().tolist() == [1.5, 5.5, 9.5]
 
 
-def test_batch_chunks_cover_the_batch_within_the_bound():
+def test_batch_pieces_cover_the_batch_within_the_bound():
     x = torch.zeros(10, 3, 2, 2)  # 48 bytes a sample
     slices = list(batch_pieces(x, 150))
     assert [s.stop - s.start for s in slices] == [3, 3, 3, 1]
     assert np.concatenate([np.arange(10)[s] for s in slices]).tolist() == list(range(10))
     assert len(list(batch_pieces(x, 1))) == 10, "one sample at least"
+
+
+def test_loops_end_early_inside_few_rounds_and_there_alone():
+    x, parts = torch.zeros(10, 3), [torch.ones(2, 3), torch.ones(2, 3)]
+
+    def pieces() -> int:
+        return len(list(batch_pieces(x, 1)))
+
+    with ThreadPoolExecutor(1) as another, few_rounds(2):
+        assert pieces() == 2
+        assert list(rounds("abc")) == ["a", "b"]
+        assert another.submit(pieces).result() == 10, "a run in another thread goes through all of them"
+        assert join(parts, 10).shape == (10, 3)
+        assert join(parts, 9, dim=1).shape == (2, 9)
+        with few_rounds(1):
+            assert pieces() == 1
+        assert pieces() == 2
+    with pytest.raises(KeyError), few_rounds(2):
+        raise KeyError
+    assert pieces() == 10
+    assert list(rounds("abc")) == ["a", "b", "c"]
+    assert torch.equal(join(parts, 4), torch.ones(4, 3))
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_pooling_patterns(arch, pooling):
         train_step(model, torch.float64, size=4)
     assert max(relative_errors(inverting, storing).values()) < 1e-8
     channels = 4 * 4 ** pooling.count("channel")
-    assert inverting.trunk.readout.linear.in_features == channels
+    assert inverting.trunk.head.linear.in_features == channels
 
 
 @pytest.mark.parametrize("case", INVERTIBLE_TRUNKS, ids=ids(INVERTIBLE_TRUNKS))

@@ -6,7 +6,7 @@ from cases import compose, prenorm
 from torch import nn
 
 from revtrain.core.chain import InvertibleChain, observe
-from revtrain.core.state_format import STREAMS, StateFormat
+from revtrain.core.state_format import STATE_FORMATS, StateFormat
 from revtrain.errors import RevtrainError
 from revtrain.layers import AdditiveCoupling, ChannelPooling, InvertibleLeakyReLU
 from revtrain.models import build_model
@@ -62,10 +62,12 @@ def test_what_leaves_the_range_is_counted_one_by_one(name):
 
 
 def chain_of(name, blocks=3, scale=0.3):
-    stream = StateFormat(name)
+    state_format = StateFormat(name)
     torch.manual_seed(0)
-    layers = [AdditiveCoupling(4, prenorm(2), prenorm(2), scale=scale, stream=stream) for _ in range(blocks)]
-    return InvertibleChain([*layers, ChannelPooling()], stream=stream)
+    layers = [
+        AdditiveCoupling(4, prenorm(2), prenorm(2), scale=scale, state_format=state_format) for _ in range(blocks)
+    ]
+    return InvertibleChain([*layers, ChannelPooling()], state_format=state_format)
 
 
 @pytest.mark.parametrize("name", INTEGERS)
@@ -142,7 +144,7 @@ class Equal:
         self.true, self.compared, self.unequal = {}, 0, 0
 
     def on_input(self, layer, x):
-        if isinstance(layer, AdditiveCoupling) and layer.residual.stream.bits is not None:
+        if isinstance(layer, AdditiveCoupling) and layer.residual_sum.state_format.bits is not None:
             self.true[layer] = x.detach().clone()
 
     def on_reconstructed(self, layer, x):
@@ -243,11 +245,11 @@ def test_a_plain_stream_stays_in_float32_under_autocast():
 @pytest.mark.parametrize(
     ("make", "given", "expected"),
     [
-        (lambda: StateFormat("int8"), "int8", ", ".join(STREAMS)),
+        (lambda: StateFormat("int8"), "int8", ", ".join(STATE_FORMATS)),
         (lambda: StateFormat("int16", 15), "grid_bits=15", "1 to 14"),
         (lambda: StateFormat("plain", 8), "grid_bits=8", "null"),
         (
-            lambda: InvertibleChain([InvertibleLeakyReLU()], stream=StateFormat("int16")),
+            lambda: InvertibleChain([InvertibleLeakyReLU()], state_format=StateFormat("int16")),
             "InvertibleLeakyReLU",
             "float32",
         ),

@@ -1,16 +1,18 @@
-"""The chain: the one place that owns a backward pass.
+"""The chain: invertible layers in a row, and the one backward pass that goes through them.
 
-invert   forward keeps the chain's output and a few numbers a layer; backward walks the layers in
-         reverse and turns (y, dy) into (x, dx) in two buffers, whatever the depth.
-store    the same layers under ordinary autograd: the noise-free twin of section 5.1.
+invert   The forward pass keeps the chain's output and a few numbers a layer (of a BN, its statistics). The backward
+         pass goes through the layers from last to first; each turns its output y and the gradient dy into its input x
+         and dx. Two buffers of an activation's size serve them all, whatever the depth.
+store    The same layers under ordinary autograd, which keeps their activations: the gradients without the noise of
+         inversion, for comparison (section 5.1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from revtrain.core.gradients import Gradients
 from revtrain.core.layer import InvertibleLayer
+from revtrain.core.names import former_names
 from revtrain.core.state_format import PLAIN, StateFormat
 from revtrain.errors import RevtrainError
 
@@ -37,14 +40,20 @@ class Observer(Protocol):
 class Head(Protocol):
     """What may end a chain: a module that is not inverted (see `revtrain.layers.Head`)."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """The chain's result by ordinary autograd."""
 
-    def forward_(self, state: Tensor, stream: StateFormat) -> tuple[Tensor, Any]:
+    def forward_(self, state: Tensor, state_format: StateFormat) -> tuple[Tensor, Any]:
         """(result, saved); the state stays as it is."""
 
     def backward_(
-        self, state: Tensor, dresult: Tensor, saved: Any, grads: Gradients, stream: StateFormat, dtype: torch.dtype
+        self,
+        state: Tensor,
+        dresult: Tensor,
+        saved: Any,
+        grads: Gradients,
+        state_format: StateFormat,
+        dtype: torch.dtype,
     ) -> Tensor:
         """The gradient of the state, in `dtype`."""
 
@@ -57,28 +66,31 @@ class InvertibleChain(InvertibleLayer):
         backward: "invert" (rebuild activations) or "store" (ordinary autograd).
         reuse_output: let the backward pass overwrite the chain's output. Saves one activation; the output
             must then not be read after `backward()`. Autograd refuses a second backward through it.
-        stream: the number format between the layers; an integer one only for layers that can have it
-            (couplings of the same stream, poolings).
-        readout: a module after the layers that needs no inverse. Nobody else then sees the last state, and the
-            backward pass overwrites it.
+        state_format: the number format of the states, that is, of the activations between the layers; an integer
+            one only for layers that can have it (couplings of the same format, poolings). Formerly `stream`.
+        head: a module after the layers that needs no inverse. Nobody else then sees the last state, and the
+            backward pass overwrites it. Formerly `readout`.
 
-    Input and output are tensors (B, ...); the layers decide the rest. `overflows` counts the values of inputs that
-    were out of the range of the stream's grid. Raises `RevtrainError` for a layer that is not invertible, one that
-    an integer stream cannot pass, or an unknown `backward`.
+    Input and output are tensors (B, ...); the layers decide the rest. `overflows` counts the input values that lay
+    outside the range of the format's grid. Raises `RevtrainError` for a layer that is not invertible, one that
+    cannot take integer states, or an unknown `backward`.
     """
 
     observer: Observer | None = None
+    layers: Sequence[InvertibleLayer]
+    overflows: Tensor
 
+    @former_names(stream="state_format", readout="head")
     def __init__(
         self,
         layers: Iterable[InvertibleLayer],
         backward: str = "invert",
         reuse_output: bool = False,
-        stream: StateFormat = PLAIN,
-        readout: Head | None = None,
+        state_format: StateFormat = PLAIN,
+        head: Head | None = None,
     ):
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers = cast(Sequence[InvertibleLayer], nn.ModuleList(layers))
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, InvertibleLayer):
                 raise RevtrainError(
@@ -89,23 +101,23 @@ class InvertibleChain(InvertibleLayer):
         if backward not in BACKWARDS:
             raise RevtrainError(f"backward={backward!r} is unknown.\nExpected one of: {', '.join(BACKWARDS)}.")
         for index, layer in enumerate(self.layers):
-            if stream.is_integer and not layer.passes_integers:
+            if state_format.is_integer and not layer.passes_integers:
                 raise RevtrainError(
-                    f"stream={stream.name} cannot pass layer {index} of the chain, a {type(layer).__name__}.\n"
+                    f"stream={state_format.name} cannot pass layer {index} of the chain, a {type(layer).__name__}.\n"
                     "Expected couplings and poolings only; use stream=float32 for other layers."
                 )
         self.backward_mode = backward
-        self.stream, self.readout = stream, readout
-        self.reuse_output = reuse_output or readout is not None
-        if stream.bits is not None:
+        self.state_format, self.head = state_format, head
+        self.reuse_output = reuse_output or head is not None
+        if state_format.bits is not None:
             self.register_buffer("overflows", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.backward_mode == "store":
-            x = self.stream.snap(x)
+            x = self.state_format.snap(x)
             for layer in self.layers:
                 x = layer(x)
-            return x if self.readout is None else self.readout(x)
+            return x if self.head is None else self.head(x)
         parameters = list(self.parameters())
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters)):
             return _ChainFunction.apply(x, self, *parameters)
@@ -114,52 +126,59 @@ class InvertibleChain(InvertibleLayer):
             return self.finish(state)[0]
 
     def encode(self, x: Tensor) -> Tensor:
-        """x as a state of this chain's stream: a copy that it may overwrite."""
-        state, lost = self.stream.encode(x, self.piece_bytes)
+        """x as a state in this chain's number format: a copy that it may overwrite."""
+        state, lost = self.state_format.encode(x, self.piece_bytes)
         if lost is not None:
             self.overflows += lost
         return state
 
     def finish(self, state: Tensor) -> tuple[Tensor, Any]:
-        """(result, saved) of the last state: the readout's, or else the state itself in floating point."""
-        if self.readout is not None:
-            return self.readout.forward_(state, self.stream)
-        return (state if state.is_floating_point() else self.stream.decode(state)), None
+        """(result, saved) of the last state: the head's, or else the state itself in floating point."""
+        if self.head is not None:
+            return self.head.forward_(state, self.state_format)
+        return (state if state.is_floating_point() else self.state_format.decode(state)), None
 
     def forward_(self, x: Tensor) -> tuple[Tensor, list[Any]]:
-        saved = []
+        saved_by_layers = []
         for layer in self.layers:
             if self.observer is not None:
                 self.observer.on_input(layer, x)
-            x, memory = layer.forward_(x)
-            saved.append(memory)
-        return x, saved
+            x, saved = layer.forward_(x)
+            saved_by_layers.append(saved)
+        return x, saved_by_layers
 
     def recompute_(self, x: Tensor, saved: list[Any]) -> Tensor:
-        for layer, memory in zip(self.layers, saved, strict=True):
-            x = layer.recompute_(x, memory)
+        for layer, each in zip(self.layers, saved, strict=True):
+            x = layer.recompute_(x, each)
         return x
 
     def recompute_for_backward_(self, x: Tensor, saved: list[Any]) -> tuple[Tensor, list[Any]]:
-        kept = []
-        for layer, memory in zip(self.layers, saved, strict=True):
-            x, memory = layer.recompute_for_backward_(x, memory)
-            kept.append(memory)
-        return x, kept
+        saved_again = []
+        for layer, each in zip(self.layers, saved, strict=True):
+            x, more = layer.recompute_for_backward_(x, each)
+            saved_again.append(more)
+        return x, saved_again
 
     def inverse_(self, y: Tensor, saved: list[Any]) -> Tensor:
-        for layer, memory in zip(reversed(self.layers), reversed(saved), strict=True):
-            y = layer.inverse_(y, memory)
+        for layer, each in zip(reversed(self.layers), reversed(saved), strict=True):
+            y = layer.inverse_(y, each)
             if self.observer is not None:
                 self.observer.on_reconstructed(layer, y)
         return y
 
     def backward_(self, y: Tensor, dy: Tensor, saved: list[Any], grads: Gradients) -> tuple[Tensor, Tensor]:
-        for layer, memory in zip(reversed(self.layers), reversed(saved), strict=True):
-            y, dy = layer.backward_(y, dy, memory, grads)
+        for layer, each in zip(reversed(self.layers), reversed(saved), strict=True):
+            y, dy = layer.backward_(y, dy, each, grads)
             if self.observer is not None:
                 self.observer.on_reconstructed(layer, y)
         return y, dy
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The head was called readout once: a network saved then loads as well.
+        former = f"{prefix}readout."
+        for key in [key for key in state_dict if key.startswith(former)]:
+            state_dict[f"{prefix}head.{key.removeprefix(former)}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class _ChainFunction(torch.autograd.Function):
@@ -178,7 +197,7 @@ class _ChainFunction(torch.autograd.Function):
         )
         with ctx.autocast():
             state, ctx.saved = chain.forward_(chain.encode(x))
-            result, ctx.saved_by_readout = chain.finish(state)
+            result, ctx.saved_by_head = chain.finish(state)
         # As the state; that of an integer one is in 16 bit under autocast.
         ctx.gradient_dtype = state.dtype if state.is_floating_point() else _compute_dtype(x)
         ctx.owns_state = chain.reuse_output or result is not state
@@ -192,12 +211,12 @@ class _ChainFunction(torch.autograd.Function):
         chain, grads = ctx.chain, Gradients(ctx.parameters)
         state = saved_state.detach() if ctx.owns_state else saved_state.detach().clone()
         with ctx.autocast():
-            if chain.readout is None:
+            if chain.head is None:
                 # dy may be shared with other branches of the caller's graph, or be expanded: a copy to work in.
                 dstate = dy.to(ctx.gradient_dtype, copy=True, memory_format=torch.contiguous_format)
             else:
-                dstate = chain.readout.backward_(
-                    state, dy, ctx.saved_by_readout, grads, chain.stream, ctx.gradient_dtype
+                dstate = chain.head.backward_(
+                    state, dy, ctx.saved_by_head, grads, chain.state_format, ctx.gradient_dtype
                 )
             x, dx = chain.backward_(state, dstate, ctx.saved, grads)
         if not ctx.needs_input_grad[0]:

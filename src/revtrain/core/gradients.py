@@ -1,4 +1,4 @@
-"""Parameter gradients of a backward pass that a chain runs itself, and what a recomputation must not disturb."""
+"""The parameter gradients of one backward pass of a chain, and how a module is computed again without side effects."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Gradients:
         self._values: dict[int, Tensor | None] = {id(p): None for p in self.parameters if p.requires_grad}
 
     def wanted(self, parameters: Iterable[Tensor]) -> list[Tensor]:
-        """Those of `parameters` whose gradient somebody asks for."""
+        """Those of `parameters` that require a gradient."""
         return [p for p in parameters if id(p) in self._values]
 
     def add(self, parameter: Tensor, gradient: Tensor | None) -> None:
-        """Add `gradient` (same shape as `parameter`) to what is gathered; the tensor is then ours."""
+        """Add `gradient` (same shape as `parameter`) to what is gathered; the caller must not use the tensor again."""
         if gradient is None or id(parameter) not in self._values:
             return
         gathered = self._values[id(parameter)]
@@ -42,20 +42,20 @@ def frozen_running_statistics(module: nn.Module) -> Iterator[None]:
     """Let batch norms inside `module`, torch's and ours, normalise as in training, but update nothing."""
     tracking = [m for m in module.modules() if m.training and getattr(m, "track_running_stats", False)]
     for m in tracking:
-        m.track_running_stats = False
+        m.track_running_stats = False  # type: ignore[assignment]  # any module's attribute
     try:
         yield
     finally:
         for m in tracking:
-            m.track_running_stats = True
+            m.track_running_stats = True  # type: ignore[assignment]
 
 
 @contextmanager
 def stand_ins(module: nn.Module, parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Replace `parameters` inside `module` by detached leaves of the same storage, and yield those.
+    """Inside, `module` computes with detached tensors in the place of `parameters`; yields those, of the same storage.
 
-    A gradient taken piece by piece with respect to the leaves passes no hook of the real parameters; these
-    then fire once, with the whole gradient, when the chain returns it through autograd.
+    Gradients are taken of them, piece by piece of the batch. Hooks on the real parameters (as DDP has them) then run
+    once, with the whole gradient, when the chain returns it through autograd.
     """
     leaf_of = {id(p): p.detach().requires_grad_() for p in parameters}
     places = [
@@ -65,7 +65,7 @@ def stand_ins(module: nn.Module, parameters: list[Tensor]) -> Iterator[list[Tens
         if id(p) in leaf_of
     ]
     for m, name, p in places:
-        m._parameters[name] = leaf_of[id(p)]
+        m._parameters[name] = leaf_of[id(p)]  # type: ignore[assignment]  # a leaf of the same use
     try:
         yield [leaf_of[id(p)] for p in parameters]
     finally:

@@ -1,9 +1,10 @@
-"""What an invertible layer is, and the two small helpers that every such layer uses.
+"""What an invertible layer is.
 
-The data's way through a reversible network:
+How a chain goes through its layers:
 
-    forward    x --forward_--> y            in the chain's own buffer; only `saved` (a few numbers) is kept
-    backward   (y, dy) --backward_--> (x, dx)   in the same two buffers; parameter gradients go to `grads`
+    forward    x --forward_--> y                in one buffer, the chain's own; only `saved` (a few numbers) is kept
+    backward   (y, dy) --backward_--> (x, dx)   in that buffer and one for the gradient; those of the parameters are
+                                                added to `grads`
 
 A method whose name ends in an underscore may overwrite the storage of the tensors that it is given, as
 everywhere in torch, and runs without autograd.
@@ -24,16 +25,16 @@ class InvertibleLayer(nn.Module):
     """A layer with an analytic inverse.
 
     A subclass writes `forward` and `inverse`; that is enough for `InvertibleChain` to train through it
-    without storing its input. The methods with an underscore are the memory-lean forms of the same
-    functions; a subclass overrides them where it can work in place.
+    without storing its input. The methods with an underscore compute the same in place; a subclass overrides
+    them where it can save memory so.
 
     `saved` is what the inverse needs besides y (BN: mean and standard deviation; most layers: None). It
     travels as a value, never on `self`, so a recomputation cannot update running statistics twice and one
     layer may be used several times in one graph.
 
-    `piece_bytes` bounds each temporary of the in-place passes, in bytes. `is_pointwise`: the layer works value by
-    value but for statistics, so that computing it again costs next to nothing. `passes_integers`: the lean methods
-    take states of an integer stream, too (see revtrain.core.state_format).
+    `piece_bytes` bounds each temporary of the methods in place, in bytes. `is_pointwise`: each value of y depends on
+    one of x (and on statistics), so that computing y again costs little. `passes_integers`: the methods in place take
+    states in an integer format, too (see revtrain.core.state_format).
     """
 
     piece_bytes: int = 2 * MIB
@@ -41,14 +42,14 @@ class InvertibleLayer(nn.Module):
     passes_integers: bool = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """y of x by ordinary autograd: the noise-free twin (`backward=store`)."""
+        """y of x, differentiable by ordinary autograd (`backward=store`)."""
         raise NotImplementedError
 
     def inverse(self, y: Tensor, saved: Any = None) -> Tensor:
         """x of y; neither y nor `saved` is changed."""
         return self.inverse_(y.clone(memory_format=torch.contiguous_format), saved)
 
-    # The lean forms. The defaults serve any layer that has only forward and inverse.
+    # In place. These serve any layer that has only forward and inverse.
 
     def forward_(self, x: Tensor) -> tuple[Tensor, Any]:
         """(y, saved); updates running statistics as `forward` does."""

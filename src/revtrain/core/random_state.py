@@ -45,7 +45,8 @@ def _set_random_state(state: RandomState, device: torch.device) -> None:
 
 def _differs(a: RandomState, b: RandomState) -> bool:
     # Read the bytes themselves: a tensor operation here would be seen, and refused, under fake tensors.
-    return any(x is not None and _bytes(x) != _bytes(y) for x, y in zip(a, b, strict=True))
+    pairs = zip(a, b, strict=True)
+    return any(x is not None and y is not None and _bytes(x) != _bytes(y) for x, y in pairs)
 
 
 def _bytes(state: Tensor) -> bytes:

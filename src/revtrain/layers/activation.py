@@ -8,7 +8,7 @@ from torch import Tensor
 
 from revtrain.core.gradients import Gradients
 from revtrain.core.layer import InvertibleLayer
-from revtrain.core.pieces import batch_pieces
+from revtrain.core.pieces import batch_pieces, join
 from revtrain.errors import RevtrainError
 
 
@@ -18,7 +18,7 @@ class InvertibleLeakyReLU(InvertibleLayer):
     Args:
         slope: n, without unit, 0 < n <= 1. The draft writes x / n; its text and its authors' runs use n x.
 
-    Each pass costs precision: with a symmetric input the inverse multiplies the noise-to-signal ratio by
+    Each inversion costs precision: with a symmetric input the inverse multiplies the noise-to-signal ratio by
     (1 + n^2)(1 + 1/n^2)/4 (Eq. 28c). Raises `RevtrainError` for a slope outside (0, 1].
     """
 
@@ -44,10 +44,10 @@ class InvertibleLeakyReLU(InvertibleLayer):
         return F.leaky_relu_(x, self.slope)
 
     def recompute_for_backward_(self, x: Tensor, saved: None) -> tuple[Tensor, Tensor]:
-        # A rebuilt y may have crossed zero, and one crossing changes a gradient by a finite amount. Inside a block
-        # the true signs are at hand; they cost a bit an element for as long as the block is walked back.
-        signs = torch.cat([_pack(x[sl] < 0) for sl in batch_pieces(x, self.piece_bytes)])
-        return self.recompute_(x, None), signs
+        # A rebuilt y may have crossed zero, and one crossing changes a gradient by a finite amount. Inside a coupling
+        # block the true signs are at hand; they cost a bit an element until the block's backward pass is over.
+        signs = [_pack(x[sl] < 0) for sl in batch_pieces(x, self.piece_bytes)]
+        return self.recompute_(x, None), join(signs, -(-x.numel() // 8))
 
     def inverse_(self, y: Tensor, saved: Tensor | None) -> Tensor:
         return F.leaky_relu_(y, 1 / self.slope)

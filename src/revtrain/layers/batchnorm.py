@@ -31,8 +31,9 @@ class InvertibleBatchNorm2d(InvertibleLayer):
     |gamma| + epsilon_i never falls below epsilon_i. The inverse (Eq. 21) multiplies the noise of channel i
     by sqrt(var_i + eps) / |gain_i|, so a gain near zero would destroy the signal.
 
-    In a row of such layers and LeakyReLUs, a negative sign lets a LeakyReLU shrink what the one before left at full
-    size, rather than the same values again and again: several dB of SNR a layer (docs/numerics.md).
+    A LeakyReLU shrinks negative values. In a row of BNs and LeakyReLUs with positive gains it is the same values that
+    each shrinks again; with negative gains it is those that the LeakyReLU before left at full size. That is worth
+    several dB of SNR a layer (docs/numerics.md).
 
     Args:
         channels: C.
@@ -49,6 +50,9 @@ class InvertibleBatchNorm2d(InvertibleLayer):
     is_pointwise = True
     track_running_stats = True  # False while a forward pass is computed again
     group: Any = None
+    running_mean: Tensor
+    running_var: Tensor
+    signs: Tensor | int
 
     def __init__(
         self, channels: int, epsilon_i: float = 0.1, eps: float = 1e-5, momentum: float = 0.1, sign: str = "positive"
@@ -156,8 +160,8 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 
 
 def channel_mean(x: Tensor, piece_bytes: int, group: Any = None) -> Tensor:
-    """Mean over B, H, W of x (B, C, H, W) and the processes of `group`: (1, C, 1, 1), in float32 or better, chunk by
-    chunk."""
+    """Mean over B, H, W of x (B, C, H, W) and the processes of `group`: (1, C, 1, 1), in float32 or better, piece by
+    piece of the batch."""
     dtype = statistics_dtype(x)
     sums = [x[sl].sum((0, 2, 3), keepdim=True, dtype=dtype) for sl in batch_pieces(x, piece_bytes)]
     return _combine(sums, x, dtype, group)
@@ -171,7 +175,7 @@ def channel_mean_of_squares(x: Tensor, piece_bytes: int, group: Any = None) -> T
 
 
 def _combine(sums: list[Tensor], x: Tensor, dtype: torch.dtype, group: Any) -> Tensor:
-    # The chunks' sums are few and small: adding them in float64 costs nothing (MPS has none).
+    # The pieces' sums are few and small: adding them in float64 costs nothing (MPS has none).
     wide = dtype if x.device.type == "mps" else torch.float64
     count = x.numel() // x.shape[1] * processes(group)
     return (all_sum(torch.stack(sums).to(wide).sum(0), group) / count).to(dtype)

@@ -4,9 +4,9 @@ What F and G are decides how the backward pass runs through them:
 
     any torch module        recomputed once and differentiated by autograd; everything inside one of the two
                             is alive meanwhile: the paper's local bottleneck (RevNet, iRevNet)
-    an invertible layer     recomputed once, then walked back layer by layer (hybrid: section 4.2)
-    per sample (no BN)      as any module, but over chunks of the batch (the coupling convolution, 4.1.3)
-    PreNorm                 BN, then any per-sample module: over chunks of the batch, too (see layers/prenorm.py)
+    an invertible layer     recomputed once, then inverted layer by layer (hybrid: section 4.2)
+    per sample (no BN)      as any module, but over pieces of the batch (the coupling convolution, 4.1.3)
+    PreNorm                 BN, then any per-sample module: over pieces of the batch, too (see layers/prenorm.py)
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from revtrain.core.gradients import Gradients
 from revtrain.core.layer import InvertibleLayer
+from revtrain.core.names import former_names
 from revtrain.core.state_format import PLAIN, StateFormat
 from revtrain.errors import RevtrainError
 from revtrain.layers.bounded import BoundedConv2d
@@ -31,19 +32,20 @@ class AdditiveCoupling(InvertibleLayer):
     Args:
         channels: C; each half has C / 2 channels.
         f, g: modules that map (B, C/2, H, W) to the same shape. Dropout and torch's batch norms inside them
-            are replayed exactly: same mask, running statistics updated once.
+            are recomputed exactly: same mask, running statistics updated once.
         per_sample: f and g treat each sample on its own (no batch statistics), so the backward pass may
-            run over chunks of the batch.
+            run over pieces of the batch.
         scale: s in y1 = x1 + s F(x2), y2 = x2 + s G(y1).
-        stream: the number format of x and y. On a grid (any but plain) the inverse is exact at any depth; the chain
-            around it must be of the same stream.
+        state_format: the number format of x and y, that of the chain around it. On a grid (any but plain) the inverse
+            is exact at any depth. Formerly `stream`.
         channels_last: hand F and G their inputs in the memory format that convolutions are fastest in (see
             `convolution_format`) rather than always contiguous. They must not `view` them, then.
 
-    `overflows` counts the values that left the range of the stream's grid in forward passes.
+    `overflows` counts the values that left the range of the format's grid in forward passes.
     Raises `RevtrainError` for an odd number of channels.
     """
 
+    @former_names(stream="state_format")
     def __init__(
         self,
         channels: int,
@@ -51,7 +53,7 @@ class AdditiveCoupling(InvertibleLayer):
         g: nn.Module,
         per_sample: bool = False,
         scale: float = 1.0,
-        stream: StateFormat = PLAIN,
+        state_format: StateFormat = PLAIN,
         channels_last: bool = False,
     ):
         super().__init__()
@@ -61,21 +63,21 @@ class AdditiveCoupling(InvertibleLayer):
                 f"Expected an even number: {channels + 1} or {max(2, channels - 1)}, say (see `width`)."
             )
         self.channels, self.per_sample, self.channels_last = channels, per_sample, channels_last
-        self.residual = ResidualSum(scale, stream)
+        self.residual_sum = ResidualSum(scale, state_format)
         self.f, self.g = f, g
-        self.passes_integers = stream.is_integer
-        if stream.bits is not None:
+        self.passes_integers = state_format.is_integer
+        if state_format.bits is not None:
             self.register_buffer("overflows", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, {self.residual}"
+        return f"{self.channels}, {self.residual_sum}"
 
     def forward(self, x: Tensor) -> Tensor:
         x1, x2 = x.chunk(2, dim=1)
-        # Dense as in the lean form: some kernels round differently on a strided half.
+        # Dense as in forward_: some kernels round differently on a strided half.
         memory_format = self._memory_format(x)
-        y1 = x1 + self.residual.of(self.f(x2.contiguous(memory_format=memory_format)))
-        y2 = x2 + self.residual.of(self.g(y1.contiguous(memory_format=memory_format)))
+        y1 = x1 + self.residual_sum.of(self.f(x2.contiguous(memory_format=memory_format)))
+        y2 = x2 + self.residual_sum.of(self.g(y1.contiguous(memory_format=memory_format)))
         return torch.cat([y1, y2], dim=1)
 
     def forward_(self, x: Tensor) -> tuple[Tensor, Any]:
@@ -111,12 +113,13 @@ class AdditiveCoupling(InvertibleLayer):
         return convolution_format(x) if self.channels_last else torch.contiguous_format
 
     def _pass_through(self, function: nn.Module, x: Tensor) -> ResidualPass:
-        common = (function, self.residual, self.piece_bytes, getattr(self, "overflows", None), self._memory_format(x))
+        overflows = getattr(self, "overflows", None)
+        common = (function, self.residual_sum, self.piece_bytes, overflows, self._memory_format(x))
         if isinstance(function, PreNorm):
             return PreNormPass(*common)
         if isinstance(function, InvertibleLayer):
             return LayerwisePass(*common)
-        return RecomputedPass(*common, self.per_sample)
+        return RecomputedPass(*common, per_sample=self.per_sample)
 
 
 class CouplingConv2d(AdditiveCoupling):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revtrain.core.gradients import Gradients, stand_ins
-from revtrain.core.pieces import MIB, batch_pieces
+from revtrain.core.pieces import MIB, batch_pieces, join
 from revtrain.core.state_format import PLAIN, StateFormat
 from revtrain.layers.norm_pieces import NormOverPieces, normalise
 from revtrain.layers.pooling import merge_sub_images
@@ -19,9 +19,9 @@ from revtrain.layers.pooling import merge_sub_images
 class Head(nn.Module):
     """[BN, LeakyReLU,] mean over pixels, merge of sub-images, linear: (B S, C, H, W) -> logits (B, classes).
 
-    Needs no inverse: the state it reads stays as it is. As the end of a chain (`InvertibleChain(readout=...)`) it
-    works over chunks of the batch and keeps nothing but statistics; the gradient of the state is made here, so
-    no other is alive.
+    It needs no inverse, since it leaves the state that it reads as it is. At the end of a chain
+    (`InvertibleChain(head=...)`) it works over pieces of the batch and keeps nothing but the statistics of its BN. The
+    gradient of the state begins here, in one tensor of the state's size, which the layers before then work in.
 
     Args:
         channels: C.
@@ -44,21 +44,27 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self._logits(self._features(x if self.norm is None else normalise(x, self.norm, self.piece_bytes)))
 
-    def forward_(self, state: Tensor, stream: StateFormat = PLAIN) -> tuple[Tensor, Any]:
+    def forward_(self, state: Tensor, state_format: StateFormat = PLAIN) -> tuple[Tensor, Any]:
         """(logits, saved) of a chain's state, which is not changed; updates running statistics."""
-        inputs = self._inputs(state, stream)
-        logits = [self._logits(self._features(inputs.normalised(sl))) for sl in inputs.chunks]
-        return torch.cat(logits), inputs.statistics
+        inputs = self._inputs(state, state_format)
+        logits = [self._logits(self._features(inputs.normalised(sl))) for sl in inputs.pieces]
+        return join(logits, state.shape[0] // self.sub_images), inputs.statistics
 
     def backward_(
-        self, state: Tensor, dlogits: Tensor, saved: Any, grads: Gradients, stream: StateFormat, dtype: torch.dtype
+        self,
+        state: Tensor,
+        dlogits: Tensor,
+        saved: Any,
+        grads: Gradients,
+        state_format: StateFormat,
+        dtype: torch.dtype,
     ) -> Tensor:
         """The gradient of `state`, in `dtype`; those of the parameters are added to `grads`."""
-        inputs = self._inputs(state, stream, saved)
+        inputs = self._inputs(state, state_format, saved)
         parameters = grads.wanted(self.linear.parameters())
         dstate = torch.zeros(state.shape, dtype=dtype, device=state.device)
         with stand_ins(self.linear, parameters) as leaves:
-            for sl in inputs.chunks:
+            for sl in inputs.pieces:
                 leaf = inputs.normalised(sl).requires_grad_()
                 with torch.enable_grad():
                     logits = self._logits(self._features(leaf))
@@ -78,16 +84,16 @@ class Head(nn.Module):
     def _logits(self, features: Tensor) -> Tensor:
         return self.linear(merge_sub_images(features, self.sub_images))
 
-    def _inputs(self, state: Tensor, stream: StateFormat, saved: Any = None) -> NormOverPieces | _NoNorm:
+    def _inputs(self, state: Tensor, state_format: StateFormat, saved: Any = None) -> NormOverPieces | _NoNorm:
         def read(part: Tensor) -> Tensor:
-            return part if part.is_floating_point() else stream.decode(part, self.linear.weight.dtype)
+            return part if part.is_floating_point() else state_format.decode(part, self.linear.weight.dtype)
 
-        chunks = self._chunks(state)
-        return (
-            _NoNorm(state, read, chunks) if self.norm is None else NormOverPieces(self.norm, state, read, chunks, saved)
-        )
+        pieces = self._pieces(state)
+        if self.norm is None:
+            return _NoNorm(state, read, pieces)
+        return NormOverPieces(self.norm, state, read, pieces, saved)
 
-    def _chunks(self, state: Tensor) -> Iterator[slice]:
+    def _pieces(self, state: Tensor) -> Iterator[slice]:
         # Whole images, whose parts lie side by side in the batch.
         for sl in batch_pieces(state.view(state.shape[0] // self.sub_images, -1), self.piece_bytes):
             yield slice(sl.start * self.sub_images, sl.stop * self.sub_images)
@@ -98,8 +104,8 @@ class _NoNorm:
 
     statistics = None
 
-    def __init__(self, source: Tensor, read, chunks):
-        self.source, self.read, self.chunks = source, read, list(chunks)
+    def __init__(self, source: Tensor, read: Callable[[Tensor], Tensor], pieces: Iterable[slice]):
+        self.source, self.read, self.pieces = source, read, list(pieces)
 
     def normalised(self, sl: slice) -> Tensor:
         return self.read(self.source[sl]).detach()

@@ -1,34 +1,36 @@
-"""The channel-chunked coupling: wide residual functions that are never alive as a whole.
+"""The coupling in hidden chunks: wide residual functions of which a few hidden channels are alive at a time.
 
 F = conv -> BN -> activation -> conv mixes channels only at its two ends: a hidden channel depends on all of
 the input but on no other hidden channel, and the output is a sum over hidden channels. So both passes run
-over chunks of k hidden channels, with the batch normalisation of each over the whole batch:
+in chunks of k hidden channels, with the batch normalisation of each over the whole batch:
 
     forward    z = conv1_k(x);  a = act(BN(z));  target += s conv2_k(a)
     backward   z, a again;      target -= s conv2_k(a);  da, dW2 from s dtarget;  du = act'(u) da
                dz = BN backward of du, over the whole batch;  dsource += conv1_k^T dz, dW1
 
 Alive besides the two states: z and du of one chunk, 2 k values a pixel. The cost is one more forward pass in
-all, as in any reversible block, since a chunk's reconstruction and its gradient share it. There is no
-layer-wise inverse, hence no layer-wise noise, and the activation may be any.
+all, as in any reversible block, since a chunk's reconstruction and its gradient share it. No layer
+inside F is inverted, so there is no noise of such inverses, and the activation may be any.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revtrain.core.gradients import Gradients
-from revtrain.core.pieces import batch_pieces
+from revtrain.core.names import former_names
+from revtrain.core.pieces import batch_pieces, join, rounds
 from revtrain.core.state_format import PLAIN, StateFormat
 from revtrain.errors import RevtrainError
 from revtrain.layers.batchnorm import channel_mean
 from revtrain.layers.collective import all_sum, processes
 from revtrain.layers.coupling import AdditiveCoupling
+from revtrain.layers.norm_pieces import count_batch, running_statistics, update_running_statistics
 from revtrain.layers.residual_pass import ResidualPass, ResidualSum
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -86,11 +88,12 @@ class HiddenChunkCoupling(AdditiveCoupling):
         hidden: hidden channels of F and of G; wide costs time, not memory.
         hidden_chunk: k, hidden channels alive at a time in the backward pass (2 k values a pixel).
         activation: relu, gelu, silu or leaky_relu.
-        scale, stream: see `AdditiveCoupling`. The contribution of each chunk is rounded on its own.
+        scale, state_format: see `AdditiveCoupling`. On a grid, the contribution of each chunk is rounded on its own.
 
     Raises `RevtrainError` for odd channels, fewer than one hidden channel or an unknown activation.
     """
 
+    @former_names(stream="state_format")
     def __init__(
         self,
         channels: int,
@@ -98,7 +101,7 @@ class HiddenChunkCoupling(AdditiveCoupling):
         hidden_chunk: int = 2,
         activation: str = "relu",
         scale: float = 1.0,
-        stream: StateFormat = PLAIN,
+        state_format: StateFormat = PLAIN,
     ):
         if hidden < 1 or hidden_chunk < 1:
             raise RevtrainError(
@@ -106,12 +109,14 @@ class HiddenChunkCoupling(AdditiveCoupling):
             )
         half = max(1, channels // 2)
         f, g = (WideResidual(half, hidden, activation) for _ in range(2))
-        super().__init__(channels, f, g, scale=scale, stream=stream)
+        super().__init__(channels, f, g, scale=scale, state_format=state_format)
         self.hidden_chunk = hidden_chunk
 
-    def _pass_through(self, function: WideResidual, x: Tensor) -> ResidualPass:
+    def _pass_through(self, function: nn.Module, x: Tensor) -> ResidualPass:
         overflows = getattr(self, "overflows", None)
-        return _HiddenChunks(function, self.residual, self.hidden_chunk, self.piece_bytes, overflows)
+        return _HiddenChunksPass(
+            cast(WideResidual, function), self.residual_sum, self.hidden_chunk, self.piece_bytes, overflows
+        )
 
 
 class _Statistics(NamedTuple):
@@ -122,44 +127,45 @@ class _Statistics(NamedTuple):
     of_batch: bool
 
 
-class _HiddenChunks(ResidualPass):
-    """`target` +/- s F(`source`), a few hidden channels at a time; each temporary over a chunk of the batch."""
+class _HiddenChunksPass(ResidualPass):
+    """`target` +/- s F(`source`), a few hidden channels at a time; other temporaries hold a piece of the batch."""
+
+    function: WideResidual
 
     def __init__(
         self,
         function: WideResidual,
-        residual: ResidualSum,
+        residual_sum: ResidualSum,
         hidden_chunk: int,
         piece_bytes: int,
         overflows: Tensor | None = None,
     ):
-        super().__init__(function, residual, piece_bytes, overflows)
+        super().__init__(function, residual_sum, piece_bytes, overflows)
         self.group = getattr(function.norm, "group", None)  # the processes that share the batch
-        hidden = function.conv1.out_channels
+        self.hidden = hidden = function.conv1.out_channels
         self.chunks = [slice(k, min(k + hidden_chunk, hidden)) for k in range(0, hidden, hidden_chunk)]
 
     def add_(self, source: Tensor, target: Tensor) -> _Statistics:
         norm = self.function.norm
         if not norm.training:
-            saved = _Statistics(
-                _per_channel(norm.running_mean.clone()), _per_channel((norm.running_var + norm.eps).rsqrt()), False
-            )
+            mean, variance, _ = running_statistics(norm)
+            saved = _Statistics(_per_channel(mean.clone()), _per_channel((variance + norm.eps).rsqrt()), False)
             self.recompute_(source, target, saved, sign=1)
             return saved
         means, inverse_deviations = [], []
-        for k in self.chunks:
+        for k in rounds(self.chunks):
             z = self._hidden(source, k)
             mean, variance = _mean_and_variance(z, self.piece_bytes, self.group)
             statistics = _Statistics(mean, (variance + norm.eps).rsqrt(), True)
-            self._update_running_statistics(k, mean.flatten(), variance.flatten(), _count(z, self.group))
+            update_running_statistics(norm, mean.flatten(), variance.flatten(), _count(z, self.group), k)
             self._add_output(z, target, k, statistics, 1, self.overflows)
             means.append(mean)
             inverse_deviations.append(statistics.inverse_deviation)
-        norm.num_batches_tracked.add_(1)
-        return _Statistics(torch.cat(means, 1), torch.cat(inverse_deviations, 1), True)
+        count_batch(norm)
+        return _Statistics(join(means, self.hidden, 1), join(inverse_deviations, self.hidden, 1), True)
 
     def recompute_(self, source: Tensor, target: Tensor, saved: _Statistics, sign: int) -> None:
-        for k in self.chunks:
+        for k in rounds(self.chunks):
             self._add_output(self._hidden(source, k), target, k, _of(saved, k), sign)
 
     def undo_(self, source, target, dsource, dtarget, saved, grads: Gradients) -> None:
@@ -167,7 +173,7 @@ class _HiddenChunks(ResidualPass):
         dbeta = torch.empty_like(gamma)
         dweight1 = torch.zeros_like(self.function.conv1.weight)
         dweight2 = torch.zeros_like(self.function.conv2.weight)
-        for k in self.chunks:
+        for k in rounds(self.chunks):
             statistics = _of(saved, k)
             z, du = self._undo_output(source, target, dtarget, k, statistics, dweight2)
             s1, s2 = _sums(z, du, statistics, self.piece_bytes)
@@ -204,8 +210,8 @@ class _HiddenChunks(ResidualPass):
     def _add_output(self, z, target, k: slice, statistics: _Statistics, sign: int, overflows=None) -> None:
         weight = self.function.conv2.weight[:, k]
         for sl in batch_pieces(target, self.piece_bytes):
-            result = F.conv2d(self._activated(z[sl], k, statistics), weight, padding=1)
-            self.residual.add_(target[sl], result, sign, self.piece_bytes, overflows)
+            residual = F.conv2d(self._activated(z[sl], k, statistics), weight, padding=1)
+            self.residual_sum.add_(target[sl], residual, sign, self.piece_bytes, overflows)
 
     def _undo_output(self, source, target, dtarget, k, statistics, dweight2) -> tuple[Tensor, Tensor]:
         """Take the chunk's contribution off `target`; (z, du), and the gradient of conv2's weights."""
@@ -217,8 +223,8 @@ class _HiddenChunks(ResidualPass):
             with torch.enable_grad():
                 a = self.function.activation(u)
             held = a.detach()
-            self.residual.add_(target[sl], F.conv2d(held, weight, padding=1), -1, self.piece_bytes)
-            da, dweight = _conv_backward(dtarget[sl] * self.residual.scale, held, weight)
+            self.residual_sum.add_(target[sl], F.conv2d(held, weight, padding=1), -1, self.piece_bytes)
+            da, dweight = _conv_backward(dtarget[sl] * self.residual_sum.scale, held, weight)
             (du[sl],) = torch.autograd.grad(a, u, da.to(a.dtype))
             dweight2[:, k] += dweight
         return z, du
@@ -236,12 +242,6 @@ class _HiddenChunks(ResidualPass):
             dx, dweight = _conv_backward(dz, self.read(source[sl]), weight)
             dsource[sl].add_(dx)
             dweight1[k] += dweight
-
-    def _update_running_statistics(self, k: slice, mean: Tensor, variance: Tensor, count: int) -> None:
-        norm = self.function.norm
-        norm.running_mean[k].lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-        unbiased = variance * (count / max(1, count - 1))
-        norm.running_var[k].lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
 
 
 def _per_channel(values: Tensor) -> Tensor:

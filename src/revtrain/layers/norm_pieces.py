@@ -1,4 +1,4 @@
-"""torch's BatchNorm2d over chunks of the batch, forward and backward, with nothing of full size but what it reads."""
+"""torch's BatchNorm2d over pieces of the batch, forward and backward: no tensor of its input's size is made."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from revtrain.core.gradients import Gradients
 from revtrain.core.pieces import batch_pieces
+from revtrain.errors import RevtrainError
 from revtrain.layers.batchnorm import statistics_dtype
 from revtrain.layers.collective import all_sum, processes
 
@@ -30,15 +31,15 @@ class NormOverPieces:
 
         dx = gain du  -  gain (sum(du) + xhat sum(du xhat)) / N
 
-    is linear in two sums: chunk by chunk the first part is added to dx and the sums are gathered; what they take
-    off is pointwise in x and follows in a pass of its own.
+    is linear in two sums. Piece by piece, the first part is added to dx and the sums are gathered; the second part
+    needs the sums over the whole batch and follows in a pass of its own.
 
     Args:
         norm: the module with weights and running statistics; its `group`, if it has one, are the processes that
             share the batch.
         source: (B, C, H, W), a state or a part of one.
         read: a part of the source -> its values in floating point; not written to.
-        chunks: slices over the batch.
+        pieces: slices over the batch.
         statistics: of the first pass; None: this is the first pass, which updates the running statistics.
         memory_format: of what `normalised` returns.
     """
@@ -48,12 +49,12 @@ class NormOverPieces:
         norm: nn.BatchNorm2d,
         source: Tensor,
         read: Callable[[Tensor], Tensor],
-        chunks: Iterable[slice],
+        pieces: Iterable[slice],
         statistics: Statistics | None = None,
         memory_format: torch.memory_format = torch.contiguous_format,
     ):
         self.memory_format = memory_format
-        self.norm, self.source, self.read, self.chunks = norm, source, read, list(chunks)
+        self.norm, self.source, self.read, self.pieces = norm, source, read, list(pieces)
         self.group = getattr(norm, "group", None)
         self.count = source.numel() // source.shape[1] * processes(self.group)  # in all processes
         self.statistics = self._measure() if statistics is None else statistics
@@ -61,7 +62,7 @@ class NormOverPieces:
         self._sum_du_x: Tensor | None = None  # of the centred x
 
     def normalised(self, sl: slice) -> Tensor:
-        """u of a chunk, without a graph: one multiplication and one addition a value."""
+        """u of a piece, without a graph: one multiplication and one addition a value."""
         mean, variance, _ = self.statistics
         with torch.no_grad():
             scale = self.norm.weight * (variance + self.norm.eps).rsqrt()
@@ -73,7 +74,7 @@ class NormOverPieces:
             return torch.addcmul(_per_channel(shift), x, _per_channel(scale))
 
     def add_gradient_(self, dx: Tensor, du: Tensor, sl: slice) -> None:
-        """The first part of the gradient of a chunk: dx[sl] += gain du."""
+        """The first part of the gradient of a piece: dx[sl] += gain du."""
         du = du.contiguous()
         sums = du.sum((0, 2, 3), dtype=self.statistics.mean.dtype)
         sums_x = (self.read(self.source[sl]) - _per_channel(self.statistics.mean)).mul_(du).sum((0, 2, 3))
@@ -82,13 +83,15 @@ class NormOverPieces:
         add_product_(dx[sl], du, _per_channel(self._gain()))
 
     def finish_(self, dx: Tensor, grads: Gradients) -> None:
-        """The second part, for all chunks; the gradients of gamma and beta."""
+        """The second part, for all pieces; the gradients of gamma and beta."""
         mean, variance = self.statistics.mean, self.statistics.variance + self.norm.eps
+        if self._sum_du is None or self._sum_du_x is None:
+            raise ValueError("add_gradient_ comes before finish_")
         if self.statistics.of_batch:  # through the mean and the variance, too
             sum_du, sum_du_x = all_sum(torch.stack([self._sum_du, self._sum_du_x]), self.group)
             slope = self._gain() * sum_du_x / (self.count * variance)
             shift = self._gain() * sum_du / self.count - slope * mean
-            for sl in self.chunks:
+            for sl in self.pieces:
                 add_product_(dx[sl], self.read(self.source[sl]), _per_channel(-slope))
                 dx[sl].sub_(_per_channel(shift))
         grads.add(self.norm.bias, self._sum_du)
@@ -101,27 +104,59 @@ class NormOverPieces:
         """Of the whole batch, in two passes, in float32 or better."""
         norm = self.norm
         if not norm.training:
-            return Statistics(norm.running_mean.clone(), norm.running_var.clone(), False)
-        mean = _add_up([_sum(self.read(self.source[sl])) for sl in self.chunks], self.group) / self.count
-        squares = [(self.read(self.source[sl]) - _per_channel(mean)).square_().sum((0, 2, 3)) for sl in self.chunks]
+            running_mean, running_variance, _ = running_statistics(norm)
+            return Statistics(running_mean.clone(), running_variance.clone(), False)
+        mean = _add_up([_sum(self.read(self.source[sl])) for sl in self.pieces], self.group) / self.count
+        squares = [(self.read(self.source[sl]) - _per_channel(mean)).square_().sum((0, 2, 3)) for sl in self.pieces]
         variance = _add_up(squares, self.group) / self.count
         if not norm.track_running_stats:  # a recomputation
             return Statistics(mean, variance, True)
-        with torch.no_grad():
-            norm.num_batches_tracked.add_(1)
-            unbiased = variance * (self.count / max(1, self.count - 1))  # as torch keeps it
-            for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
-                running.lerp_(new.to(running.dtype), norm.momentum)
+        count_batch(norm)
+        update_running_statistics(norm, mean, variance, self.count)
         return Statistics(mean, variance, True)
 
 
+def running_statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, float]:
+    """(mean, variance, momentum): (C,), (C,) and the share of a new batch.
+
+    Raises `RevtrainError` where `norm` keeps none, or keeps plain means over all batches.
+    """
+    if norm.running_mean is None or norm.running_var is None or norm.momentum is None:
+        raise RevtrainError(
+            f"{norm} was given where running statistics are needed.\n"
+            "Expected a BatchNorm2d with track_running_stats=True and a momentum."
+        )
+    return norm.running_mean, norm.running_var, norm.momentum
+
+
+@torch.no_grad()
+def update_running_statistics(
+    norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int, channels: slice = slice(None)
+) -> None:
+    """Take a batch of `count` values a channel into the running statistics of some `channels`, as torch does.
+
+    `mean` and `variance` (biased; torch keeps the unbiased one) are of these channels, (k,) each.
+    """
+    running_mean, running_variance, momentum = running_statistics(norm)
+    unbiased = variance * (count / max(1, count - 1))
+    for running, new in ((running_mean, mean), (running_variance, unbiased)):
+        running[channels].lerp_(new.to(running.dtype), momentum)
+
+
+@torch.no_grad()
+def count_batch(norm: nn.BatchNorm2d) -> None:
+    """One batch more was seen by `norm`."""
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+
+
 def normalise(x: Tensor, norm: nn.BatchNorm2d, piece_bytes: int) -> Tensor:
-    """`norm(x)` by ordinary autograd, to the bit what a `NormOverPieces` over chunks of `piece_bytes` computes.
+    """`norm(x)` by ordinary autograd, to the bit what a `NormOverPieces` over pieces of `piece_bytes` computes.
 
     The two backward modes are then one function to the last bit: one of a different rounding would cross other kinks of
     the activations, which changes gradients by more than rounding does.
     """
-    if torch.compiler.is_exporting():  # a graph for inference has no chunks, nor a number of images
+    if torch.compiler.is_exporting():  # a graph for inference has no pieces, nor a number of images
         return norm(x)
     return _Normalise.apply(x, norm.weight, norm.bias, norm, piece_bytes)
 
@@ -131,12 +166,12 @@ class _Normalise(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d, piece_bytes: int) -> Tensor:
         # Sums depend on the order of their terms: the states of a chain, which it stands for, are always contiguous.
         memory_format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-        chunked = NormOverPieces(
+        over_pieces = NormOverPieces(
             norm, x, lambda part: part.contiguous(), batch_pieces(x, piece_bytes), memory_format=memory_format
         )
-        ctx.statistics, ctx.eps, ctx.group = chunked.statistics, norm.eps, chunked.group
+        ctx.statistics, ctx.eps, ctx.group = over_pieces.statistics, norm.eps, over_pieces.group
         ctx.save_for_backward(x, weight)
-        return chunked.normalised(slice(None)).to(x.dtype)
+        return over_pieces.normalised(slice(None)).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -173,6 +208,6 @@ def _sum(x: Tensor) -> Tensor:
 
 
 def _add_up(parts: list[Tensor], group: Any) -> Tensor:
-    # The chunks' sums are few and small: adding them in float64 costs nothing (MPS has none).
+    # The pieces' sums are few and small: adding them in float64 costs nothing (MPS has none).
     wide = torch.float32 if parts[0].device.type == "mps" else torch.float64
     return all_sum(torch.stack(parts).to(wide).sum(0), group).to(parts[0].dtype)

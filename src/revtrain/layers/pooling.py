@@ -25,7 +25,8 @@ from revtrain.errors import RevtrainError
 
 
 class _PermutingPool(InvertibleLayer):
-    """Common part: the permutation is its own gradient's inverse, and runs chunk by chunk in place."""
+    """Common part: a permutation of values; the gradient goes through the inverse one. Both run in place,
+    piece by piece of the batch."""
 
     passes_integers = True
 

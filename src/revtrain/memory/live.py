@@ -17,15 +17,18 @@ from torch.utils._pytree import tree_leaves
 class LiveStorages(TorchDispatchMode):
     """Counts the bytes of all storages made inside its `with` block: `live_bytes` now, `peak_bytes` at most.
 
-    Enter it before the tensors of interest exist. `timeline` (when `record` is set) is the number of live
-    bytes after each operation that changed it.
+    Enter it before the tensors of interest exist; it may be entered again and goes on counting.
+
+    Args:
+        record: append `live_bytes` to the list `timeline` after each allocation and each release.
     """
 
     def __init__(self, record: bool = False):
         super().__init__()
         self.live_bytes = 0
         self.peak_bytes = 0
-        self.timeline: list[int] | None = [] if record else None
+        self.timeline: list[int] = []
+        self._record = record
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -55,5 +58,5 @@ class LiveStorages(TorchDispatchMode):
     def _change(self, size: int) -> None:
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        if self.timeline is not None:
+        if self._record:
             self.timeline.append(self.live_bytes)

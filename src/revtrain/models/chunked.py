@@ -10,7 +10,7 @@ of the stage (hidden channels of F per channel of its input; 2, 1, then 1/2 if n
                   N / 3 x block
                   channel pooling                    (B, 16c, 8, 8)
                   N / 3 x block
-      readout     BN, LeakyReLU, mean over pixels, linear   (B, classes)
+      head        BN, LeakyReLU, mean over pixels, linear   (B, classes)
 
     F, G with h half of the stage's channels:
       norm=input    BN, conv 3x3 (h -> e h), activation, conv 3x3 (e h -> h)     over chunks of the batch
@@ -98,8 +98,10 @@ def build(network: Network[Settings], images: Images) -> ReversibleNet:
         hidden = max(1, round(widths[stage] * half))
         if own.norm == "input":
             f, g = (residual(half, hidden, own.activation) for _ in range(2))
-            return [AdditiveCoupling(channels, f, g, scale=own.residual_scale, stream=stream, channels_last=True)]
+            return [AdditiveCoupling(channels, f, g, scale=own.residual_scale, state_format=stream, channels_last=True)]
         chunk = own.hidden_chunk * channels // network.width
-        return [HiddenChunkCoupling(channels, hidden, chunk, own.activation, scale=own.residual_scale, stream=stream)]
+        return [
+            HiddenChunkCoupling(channels, hidden, chunk, own.activation, scale=own.residual_scale, state_format=stream)
+        ]
 
     return build_reversible(network, images, block, stream)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from revtrain.config import Network
 from revtrain.core.chain import InvertibleChain
 from revtrain.core.layer import InvertibleLayer
+from revtrain.core.names import former_names
 from revtrain.core.state_format import PLAIN, StateFormat
 from revtrain.errors import RevtrainError
 from revtrain.layers import BatchPooling, ChannelPooling, Head, check_pooling
@@ -53,7 +54,7 @@ def down_sampling(channels_in: int, channels_out: int) -> nn.Module:
 
 
 class ReversibleNet(nn.Module):
-    """Stem and one invertible trunk that ends in the readout: all from the stem's output on is rebuilt."""
+    """Stem and one invertible trunk that ends in the head: all from the stem's output on is rebuilt."""
 
     def __init__(self, stem: nn.Module, trunk: InvertibleChain):
         super().__init__()
@@ -63,18 +64,19 @@ class ReversibleNet(nn.Module):
         return self.trunk(self.stem(images))
 
 
+@former_names(stream="state_format")
 def build_reversible(
     network: Network[Any],
     images: Images,
     unit: Callable[[int, int], Sequence[InvertibleLayer]],
-    stream: StateFormat = PLAIN,
+    state_format: StateFormat = PLAIN,
     normalise_last: bool = True,
 ) -> ReversibleNet:
     """A fully invertible trunk: `depth` units over stages that `pooling` separates.
 
     Args:
         unit: (channels, stage) -> the layers of one repeated unit; stages count from 0.
-        stream: the number format of the trunk.
+        state_format: the number format of the trunk's states. Formerly `stream`.
         normalise_last: whether a BN and a LeakyReLU of slope `slope` come before the mean over pixels.
 
     Raises `RevtrainError` for an odd width, a pooling entry that is not invertible, or an image size that
@@ -104,8 +106,8 @@ def build_reversible(
                 )
         for _ in range(units):
             layers.extend(unit(channels, stage))
-    readout = Head(channels, images.classes, sub_images, network.slope if normalise_last else None)
-    trunk = InvertibleChain(layers, backward=network.backward, stream=stream, readout=readout)
+    head = Head(channels, images.classes, sub_images, network.slope if normalise_last else None)
+    trunk = InvertibleChain(layers, backward=network.backward, state_format=state_format, head=head)
     return ReversibleNet(conv3x3(3, network.width), trunk)
 
 

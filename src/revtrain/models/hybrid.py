@@ -10,7 +10,7 @@ s = residual_scale.
                   N / 3 x block
                   channel pooling                    (B, 16c, 8, 8)
                   N / 3 x block
-      readout     BN, LeakyReLU, mean over pixels, linear   (B, classes)
+      head        BN, LeakyReLU, mean over pixels, linear   (B, classes)
 
     F, G:  2 x [ BN, LeakyReLU, coupling conv 3x3 ]  on half of the channels, an invertible chain each
 
@@ -76,7 +76,7 @@ def build(network: Network[Settings], images: Images) -> ReversibleNet:
                 function(channels // 2),
                 function(channels // 2),
                 scale=own.residual_scale,
-                stream=stream,
+                state_format=stream,
             )
         ]
 

@@ -12,7 +12,7 @@ s = residual_scale.
                   N / 4 x block
                   channel pooling                    (B, 64c, 4, 4)
                   N / 4 x block
-      readout     BN, LeakyReLU, mean over pixels, linear   (B, classes)
+      head        BN, LeakyReLU, mean over pixels, linear   (B, classes)
 
     F, G:  2 x [ BN, ReLU, conv 3x3 ]  on half of the channels: the two modules of each channel split
 
@@ -54,7 +54,7 @@ def build(network: Network[Settings], images: Images) -> ReversibleNet:
                 preactivated(channels // 2),
                 preactivated(channels // 2),
                 scale=network.own.residual_scale,
-                stream=stream,
+                state_format=stream,
             )
         ]
 

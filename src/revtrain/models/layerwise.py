@@ -9,7 +9,7 @@ Legend: B batch, c = width, N = depth units in all, stages separated by pooling.
                   N / 3 x [ ... ]
                   channel pooling                    (B, 16c, 8, 8)
                   N / 3 x [ ... ]
-      readout     mean over pixels, linear           (B, classes)
+      head        mean over pixels, linear           (B, classes)
 
 With c = 32 and N = 6 the stages are 32, 128 and 512 channels wide. Only the trunk's output survives the
 forward pass; the backward pass lives in that buffer and one gradient of the same size.

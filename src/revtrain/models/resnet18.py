@@ -8,7 +8,7 @@ Legend: B batch, c = width (64), one stage more than pooling has entries; every 
       stage 2     2 x BasicBlock, first of stride 2  (B, 2c, 16, 16)
       stage 3     2 x BasicBlock, first of stride 2  (B, 4c, 8, 8)
       stage 4     2 x BasicBlock, first of stride 2  (B, 8c, 4, 4)
-      readout     mean over pixels, linear           (B, classes)
+      head        mean over pixels, linear           (B, classes)
 
 depth=18 has the blocks above, depth=34 has 3, 4, 6 and 3. The blocks are torchvision's; `backward` changes
 nothing here, as there is nothing to invert.

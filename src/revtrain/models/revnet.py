@@ -12,7 +12,7 @@ entries; every entry is "stride"; s = residual_scale.
       stage 3     N / 4 x block
       down        residual block, stride 2           (B, 8c, 4, 4)
       stage 4     N / 4 x block
-      readout     BN, ReLU, mean over pixels, linear (B, classes)
+      head        BN, ReLU, mean over pixels, linear (B, classes)
 
     F, G:  2 x [ BN, ReLU, conv 3x3 ]  on half of the channels
     down:  torchvision's BasicBlock with a 1x1 convolution on its shortcut
@@ -79,12 +79,12 @@ def build(network: Network[Settings], images: Images) -> nn.Sequential:
                             preactivated(half),
                             preactivated(half),
                             scale=scale,
-                            stream=stream,
+                            state_format=stream,
                         )
                         for _ in range(blocks)
                     ],
                     backward=network.backward,
-                    stream=stream,
+                    state_format=stream,
                     reuse_output=True,  # whoever stored it has done its backward pass by then
                 )
             )

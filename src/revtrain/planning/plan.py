@@ -11,208 +11,29 @@ margin is kept for what the count of live bytes cannot see, see `margin_bytes`.
 
 from __future__ import annotations
 
-import gc
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from importlib.resources import files
-from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from omegaconf import OmegaConf
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from revtrain.config import DataConfig, flat, parse_memory, read, registry
-from revtrain.core.chain import InvertibleChain
-from revtrain.core.gradients import Gradients
-from revtrain.core.layer import InvertibleLayer
-from revtrain.core.pieces import batch_pieces
-from revtrain.core.state_format import StateFormat
 from revtrain.data import Facts
 from revtrain.errors import RevtrainError
-from revtrain.layers import BatchPooling, ChannelPooling, Head, HiddenChunkCoupling, InvertibleLeakyReLU
 from revtrain.machine import device as devices
 from revtrain.memory.closed_form import MemoryModel, analytic_memory
-from revtrain.memory.live import LiveStorages
-from revtrain.models import architectures, build_model, traits
-from revtrain.optim import make_optimizer
+from revtrain.models import architectures, traits
+from revtrain.planning.predict import StepPredictor
 
 MIB = 2**20
-ROUNDS = 2  # of a loop that are run: in the second one, what the first has left behind is still alive
 LEAST_BATCH = 2  # batch normalisation needs two images
 STRAIGHT_TRIES = 6  # along the line; from then on the search halves the interval
 MOST_IMAGES = 2**24  # where the size of the training set is not known
 # A closed form is good to a few per cent: an architecture is recommended with a tenth to spare.
 SPARE = 1.1
 MARGIN_SHARE, LEAST_MARGIN_BYTES = 0.1, 64 * MIB  # on CUDA
-
-# ---- the prediction ------------------------------------------------------------------------------
-
-
-class Prediction(NamedTuple):
-    """Bytes of one training step."""
-
-    peak: int  # most bytes alive at any time
-    parameters: int  # running statistics included
-    gradients: int  # of the parameters
-    optimizer: int  # momentum
-
-
-class StepPredictor:
-    """Peak live bytes of a training step of `cfg`, for any batch; nothing is allocated.
-
-    >>> predict = StepPredictor(cfg, classes=10, image_size=32)
-    >>> predict(512).peak
-
-    Agrees with `predict_step_memory` within 2 % (in fact within 0.1 %) and takes a second where that takes a
-    minute. Left out are: the further rounds of loops over batch chunks and over hidden chunks (`ROUNDS` are
-    run), the further ones of equal layers in a chain that inverts, and the first of two steps (the momentum is
-    made beforehand, by a step without forward and backward pass).
-
-    Args:
-        cfg: the composed configuration; its `batch` plays no part.
-        classes, image_size: of the data, the side in pixels.
-
-    Raises `RevtrainError` for a network that cannot be built.
-    """
-
-    def __init__(self, cfg: Any, classes: int, image_size: int):
-        self.image_size = image_size
-        self.known: dict[int, Prediction] = {}  # batch -> what was predicted for it
-        self._dtype = devices.DTYPES[cfg.precision]
-        self._autocast = lambda: devices.autocast(torch.device("cpu"), cfg.precision)
-        self._fake, self._live = FakeTensorMode(), LiveStorages()
-        with torch.random.fork_rng([]), self._fake, self._live:
-            self._model = _without_repeats(build_model(cfg, classes, image_size)).train()
-            self._parameter_bytes = self._live.live_bytes
-            self._optimizer = make_optimizer(self._model, cfg)
-            for parameter in self._model.parameters():
-                parameter.grad = torch.empty_like(parameter)
-            self._optimizer.step()
-            self._optimizer.zero_grad(set_to_none=True)
-        self._optimizer_bytes = self._live.live_bytes - self._parameter_bytes
-        self.parameters = sum(parameter.numel() for parameter in self._model.parameters())
-
-    def __call__(self, batch: int) -> Prediction:
-        if batch not in self.known:
-            self.known[batch] = self._predict(batch)
-        return self.known[batch]
-
-    def _predict(self, batch: int) -> Prediction:
-        live = self._live
-        with self._fake, _few_rounds(), live, _unburdened_collector():
-            self._optimizer.zero_grad(set_to_none=True)
-            before = live.live_bytes
-            images = torch.empty(batch, 3, self.image_size, self.image_size, dtype=self._dtype)
-            labels = torch.empty(batch, dtype=torch.int64)
-            live.reset_peak()
-            with self._autocast():
-                loss = F.cross_entropy(self._model(images), labels)
-            loss.backward()
-            del images, labels, loss
-            gradients = live.live_bytes - before
-            self._optimizer.step()
-        return Prediction(live.peak_bytes, self._parameter_bytes, gradients, self._optimizer_bytes)
-
-
-class _Repeat(InvertibleLayer):
-    """In the place of a layer like an earlier one of its chain: its weights and their gradients, but no work."""
-
-    def __init__(self, layer: InvertibleLayer):
-        super().__init__()
-        self.layer = layer
-
-    def forward_(self, x: Tensor) -> tuple[Tensor, None]:
-        return x, None
-
-    def recompute_(self, x: Tensor, saved: None) -> Tensor:
-        return x
-
-    def inverse_(self, y: Tensor, saved: None) -> Tensor:
-        return y
-
-    def backward_(self, y: Tensor, dy: Tensor, saved: None, grads: Gradients) -> tuple[Tensor, Tensor]:
-        for parameter in grads.wanted(self.layer.parameters()):
-            grads.add(parameter, torch.empty_like(parameter))
-        return y, dy
-
-
-def _without_repeats(model: nn.Module) -> nn.Module:
-    """`model` with the same peak memory and far fewer operations; it computes nonsense, so for fake tensors only.
-
-    Of equal layers at one resolution the first works: in its backward pass most gradients are there already. A
-    chain inside a layer stays whole, since what its first layers need depends on its last.
-    Loops end early (see `_few_rounds`); what they put together is then made at its full size.
-    """
-    chains = [m for m in model.modules() if isinstance(m, InvertibleChain) and m.backward_mode == "invert"]
-    inner = {id(m) for chain in chains for layer in chain.layers for m in layer.modules()}
-    for chain in [each for each in chains if id(each) not in inner]:
-        seen = set()
-        for index, layer in enumerate(chain.layers):
-            if isinstance(layer, ChannelPooling | BatchPooling):
-                seen.clear()
-                continue
-            kind = (type(layer), tuple(parameter.shape for parameter in layer.parameters()))
-            if kind in seen:
-                chain.layers[index] = _Repeat(layer)
-            seen.add(kind)
-    for coupling in [m for m in model.modules() if isinstance(m, HiddenChunkCoupling)]:
-        for function in (coupling.f, coupling.g):
-            hidden = function.conv1.out_channels  # what the loop over hidden chunks runs up to
-            function.conv1.out_channels = min(hidden, ROUNDS * coupling.hidden_chunk)
-    for module in model.modules():
-        if isinstance(module, Head):
-            module.forward_ = partial(_all_logits, module)
-        elif isinstance(module, InvertibleLeakyReLU):
-            module.recompute_for_backward_ = partial(_all_signs, module)
-    return model
-
-
-def _all_logits(readout: Head, state: Tensor, stream: StateFormat) -> tuple[Tensor, Any]:
-    logits, saved = Head.forward_(readout, state, stream)
-    return logits.new_empty(state.shape[0] // readout.sub_images, logits.shape[1]), saved
-
-
-def _all_signs(layer: InvertibleLeakyReLU, x: Tensor, saved: None) -> tuple[Tensor, Tensor]:
-    y, signs = InvertibleLeakyReLU.recompute_for_backward_(layer, x, saved)
-    return y, signs.new_empty(-(-x.numel() // 8))
-
-
-@contextmanager
-def _few_rounds() -> Iterator[None]:
-    """Let every loop over batch chunks end after `ROUNDS`: the layers look `batch_pieces` up in their modules."""
-
-    def few_chunks(x: Tensor, piece_bytes: int) -> Iterator[slice]:
-        return islice(batch_pieces(x, piece_bytes), ROUNDS)
-
-    users = [
-        module
-        for name, module in list(sys.modules.items())
-        if name.startswith("revtrain.") and name != __name__ and vars(module).get("batch_pieces") is batch_pieces
-    ]
-    for module in users:
-        module.batch_pieces = few_chunks
-    try:
-        yield
-    finally:
-        for module in users:
-            module.batch_pieces = batch_pieces
-
-
-@contextmanager
-def _unburdened_collector() -> Iterator[None]:
-    """Keep Python's garbage collector from walking over all of torch, time and again: a third of the time."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
 
 # ---- the plan ------------------------------------------------------------------------------------
 

@@ -6,8 +6,8 @@ import pytest
 from cases import compose
 
 from revtrain.errors import RevtrainError
-from revtrain.memory.closed_form import Term, analytic_memory
-from revtrain.models import architectures
+from revtrain.memory.closed_form import Term
+from revtrain.models import analytic_memory, architectures
 from revtrain.planning.plan import StepPredictor
 from revtrain.planning.predict import predict_step_memory
 

@@ -77,6 +77,8 @@ def _schema_fields(part: type) -> list[tuple[str, Any, Any]]:
     hints, found = get_type_hints(part), []
     for item in fields(part):
         if item.name != "own":
+            if item.default is None:  # until an architecture gives it, where null is none of its values
+                hints[item.name] = Optional[hints[item.name]]
             default = {"default": item.default} if item.default is not MISSING else {}
             factory = {"default_factory": item.default_factory} if item.default_factory is not MISSING else {}
             found.append((item.name, hints[item.name], field(**default, **factory)))
@@ -160,14 +162,9 @@ def _of(part: type, values: Mapping[str, Any], prefix: str = "") -> dict[str, An
             found[item.name] = hints[item.name](**_of(hints[item.name], value, f"{name}."))
             continue
         key = keys_of(part, prefix)[name]
-        check(_never_null(key) if name in ("depth", "width") else key, value)
+        check(key, value)
         found[item.name] = value
     return found
-
-
-def _never_null(key: Key) -> Key:
-    """depth and width have no default of their own, but an architecture must have given one by now."""
-    return Key(key.name, key.types[0], key.default, key.rule)
 
 
 def _check_found(key: str, name: str, package: str) -> None:

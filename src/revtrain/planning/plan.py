@@ -37,9 +37,9 @@ from revtrain.data import Facts
 from revtrain.errors import RevtrainError
 from revtrain.layers import BatchPooling, ChannelPooling, Head, HiddenChunkCoupling, InvertibleLeakyReLU
 from revtrain.machine import device as devices
-from revtrain.memory.closed_form import MemoryModel, analytic_memory
+from revtrain.memory.closed_form import MemoryModel
 from revtrain.memory.live import LiveStorages
-from revtrain.models import architectures, build_model, traits
+from revtrain.models import analytic_memory, architectures, build_model, traits
 from revtrain.optim import make_optimizer
 
 MIB = 2**20

@@ -131,12 +131,12 @@ class _Normalise(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d, piece_bytes: int) -> Tensor:
         # Sums depend on the order of their terms: the states of a chain, which it stands for, are always contiguous.
         memory_format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-        chunked = NormOverPieces(
+        pieces = NormOverPieces(
             norm, x, lambda part: part.contiguous(), batch_pieces(x, piece_bytes), memory_format=memory_format
         )
-        ctx.statistics, ctx.eps, ctx.group = chunked.statistics, norm.eps, chunked.group
+        ctx.statistics, ctx.eps, ctx.group = pieces.statistics, norm.eps, pieces.group
         ctx.save_for_backward(x, weight)
-        return chunked.normalised(slice(None)).to(x.dtype)
+        return pieces.normalised(slice(None)).to(x.dtype)
 
     @staticmethod
     @once_differentiable

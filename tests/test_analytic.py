@@ -151,6 +151,7 @@ def test_the_peak_moves_with_the_batch():
 def test_an_architecture_without_a_closed_form_is_refused(tmp_path, monkeypatch):
     """One beside the package; its file says nothing of memory."""
     (tmp_path / "models").mkdir()
+    (tmp_path / "conf").mkdir()
     (tmp_path / "models" / "unheard_of.py").write_text("from revtrain.models import Traits\n\nTRAITS = Traits()\n")
     monkeypatch.setenv(registry.VARIABLE, str(tmp_path))
     monkeypatch.setattr(revtrain.models, "__path__", [*revtrain.models.__path__])

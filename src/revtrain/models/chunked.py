@@ -73,14 +73,11 @@ def residual(channels: int, hidden: int, activation: str) -> PreNorm:
 
     from revtrain.layers import Activation, PreNorm
 
-    body = nn.Sequential(
-        nn.Conv2d(channels, hidden, 3, padding=1),
-        Activation(activation, inplace=True),
-        nn.Conv2d(hidden, channels, 3, padding=1, bias=False),
-    )
-    for conv in (body[0], body[2]):
+    first = nn.Conv2d(channels, hidden, 3, padding=1)
+    second = nn.Conv2d(hidden, channels, 3, padding=1, bias=False)
+    for conv in (first, second):
         nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-    return PreNorm(channels, body)
+    return PreNorm(channels, nn.Sequential(first, Activation(activation, inplace=True), second))
 
 
 def expansions(network: Network[Settings]) -> list[float]:

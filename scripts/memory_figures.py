@@ -28,9 +28,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from revtrain.conf import compose
 from revtrain.machine.device import DTYPES
-from revtrain.memory.closed_form import MemoryModel, Module, Moment, analytic_memory
+from revtrain.memory.closed_form import MemoryModel, Module, Moment
 from revtrain.memory.live import LiveStorages
-from revtrain.models import architectures, build_model
+from revtrain.models import analytic_memory, architectures, build_model
 from revtrain.optim import make_optimizer
 
 CLASSES = 10

@@ -7,7 +7,7 @@
 
 Prints Markdown and writes it and a CSV of the same numbers into docs/figures. Columns:
 
-analytic    closed form, bytes per input pixel (revtrain.memory.closed_form)
+analytic    closed form, bytes per input pixel (revtrain.models.analytic_memory)
 predicted   peak of live storages over a training step under fake tensors (revtrain.planning.predict); per pixel, the
             slope between the batch and twice of it
 measured    the same count over real steps on the CPU at small batches, beside the prediction at those
@@ -27,8 +27,7 @@ import torch.nn.functional as F
 
 from revtrain.conf import compose
 from revtrain.machine.device import DTYPES
-from revtrain.memory.closed_form import analytic_memory
-from revtrain.models import architectures, build_model
+from revtrain.models import analytic_memory, architectures, build_model
 from revtrain.optim import make_optimizer
 from revtrain.planning.plan import MOST_IMAGES, largest_batch
 from revtrain.planning.predict import StepPredictor

@@ -36,13 +36,13 @@ Own = TypeVar("Own", covariant=True)  # the Settings of an architecture or a dat
 class Network(Generic[Own]):
     """What is built. `own` holds the keys that only some architectures have."""
 
-    arch: str = key("hybrid", "architecture")
+    arch: str = key(None, "architecture")
     depth: int = key(
         None,
         "units of the trunk, spread over the stages",
         at_least=1,
         at_most=10_000,
-        remark="depth counts the units of the trunk; each arch has its own default",
+        remark="depth counts the units of the trunk, 1 or more; each arch has its own default",
         shown="the arch's own",
     )
     width: int = key(
@@ -155,7 +155,10 @@ class Config:
 
 @dataclass
 class CouplingSettings:
-    """Of architectures with additive coupling blocks, y1 = x1 + s F(x2), y2 = x2 + s G(y1)."""
+    """Of architectures with additive coupling blocks, y1 = x1 + s F(x2), y2 = x2 + s G(y1).
+
+    `state_format` is the number format that `stream` and `precision` choose together, one of STATE_FORMATS.
+    """
 
     residual_scale: float = key(1.0, "s in y1 = x1 + s F(x2) of coupling blocks", above=0)
     stream: str = key(
@@ -170,6 +173,10 @@ class CouplingSettings:
         at_least=1,
         remark="values are multiples of 2^-grid_bits; null: the stream's own",
     )
+
+    def state_format(self, precision: str) -> str:
+        automatic = "float32" if precision == "fp32" else "int16"
+        return automatic if self.stream == "auto" else self.stream
 
 
 @dataclass

@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from revtrain.config import Network
+from revtrain.models import advise, less_noisy, traits
+
 log = logging.getLogger(__name__)
 
 # Beyond this, noise makes up half of a gradient: sqrt(1 / 0.9^2 - 1) = 0.48.
@@ -47,8 +50,8 @@ def trusted(line: dict[str, Any]) -> bool | None:
 class FidelityWatch:
     """Says once, and clearly, when rounding has taken the gradients over."""
 
-    def __init__(self, cfg: Any):
-        self.cfg, self.warned = cfg, False
+    def __init__(self, network: Network[Any]):
+        self.network, self.warned = network, False
 
     def look(self, line: dict[str, Any]) -> None:
         """`line`: of metrics.jsonl."""
@@ -62,22 +65,16 @@ class FidelityWatch:
             "           the true one, since activations are %s.\n"
             "           Try %s.",
             line["epoch"], gradients["minimum_cosine_parameter"], gradients["minimum_cosine"], where,
-            self._advice(),
+            ", ".join(remedies(self.network)),
         )  # fmt: skip
 
-    def _advice(self) -> str:
-        cfg, ways = self.cfg, []
-        if "max_gain" in cfg:
-            if cfg.max_gain is None or cfg.max_gain > 1:
-                ways.append("max_gain=1")
-            if cfg.norm_sign != "negative":
-                ways.append("norm_sign=" + {"positive": "mixed", "mixed": "negative"}[cfg.norm_sign])
-            if cfg.slope < 0.5:
-                ways.append(f"a larger slope (now {cfg.slope:g})")
-            ways.append(f"a larger epsilon_i (now {cfg.epsilon_i:g})")
-        if cfg.precision != "fp32":
-            ways.append("precision=fp32")
-        if cfg.arch != "chunked":
-            ways.append(f"a smaller depth (now {cfg.depth})")
-            ways.append("arch=hybrid" if cfg.arch == "layerwise" else "arch=chunked")
-        return ", ".join(ways) or "backward=store"
+
+def remedies(network: Network[Any]) -> list[str]:
+    """What to change on the command line for less noise of reconstruction, the best first; never empty."""
+    ways = advise(network)
+    if network.precision != "fp32":
+        ways.append("precision=fp32")
+    if traits(network.arch).noise != "nowhere":
+        ways.append(f"a smaller depth (now {network.depth})")
+        ways += [f"arch={name}" for name in less_noisy(network.arch)]
+    return ways or ["backward=store"]

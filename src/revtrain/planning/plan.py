@@ -23,8 +23,8 @@ from revtrain.config import DataConfig, flat, parse_memory, read, registry
 from revtrain.data import Facts
 from revtrain.errors import RevtrainError
 from revtrain.machine import device as devices
-from revtrain.memory.closed_form import MemoryModel, analytic_memory
-from revtrain.models import architectures, traits
+from revtrain.memory.closed_form import MemoryModel
+from revtrain.models import analytic_memory, architectures, traits
 from revtrain.planning.predict import StepPredictor
 
 MIB = 2**20

@@ -319,7 +319,7 @@ def _fit(
             log.info("stopped    SIGTERM in epoch %d, after %d of %d steps", epoch, progress.step, steps_per_epoch)
         raise preemption.Terminated
 
-    overflows, fidelity = _Overflows(model, cfg, team), FidelityWatch(cfg)
+    overflows, fidelity = _Overflows(model, cfg, team), FidelityWatch(read(cfg).network)
     if resumed is None:
         first = _line(epoch=0, step=0, **probe(0))
         report.epoch(first)

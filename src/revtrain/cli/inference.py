@@ -14,13 +14,18 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from revtrain.errors import RevtrainError
 from revtrain.machine.files import write_atomic
 from revtrain.report.tables import clean
+from revtrain.runs.schema import CHECKPOINT
+
+if TYPE_CHECKING:
+    from revtrain.inference.restore import Trained
 
 DONE, MENDABLE, INTERRUPTED = 0, 2, 130
-RUN_HELP = "a run directory, or the last.pt of one"
+RUN_HELP = f"a run directory, or the {CHECKPOINT} of one"
 
 
 def evaluate_main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +71,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from revtrain.inference.restore import restore
 
     trained = restore(args.run, args.device)
-    print(f"{clean(trained.path)}: {trained.cfg.arch} after epoch {trained.epoch}", flush=True)
+    print(f"{clean(trained.path)}: {trained.config.network.arch} after epoch {trained.epoch}", flush=True)
     if args.images is not None:
         return _predict(trained, args)
     evaluation = evaluate(trained, args.data, args.batch)
@@ -78,7 +83,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     return DONE
 
 
-def _predict(trained, args: argparse.Namespace) -> int:
+def _predict(trained: Trained, args: argparse.Namespace) -> int:
     from revtrain.data.imagefolder import image_files
     from revtrain.inference.predict import predict
 
@@ -136,7 +141,7 @@ def _export(args: argparse.Namespace) -> int:
         said = "logits not compared: onnxruntime is not installed"
         if differences[0] is not None:
             said = f"logits as the network's own, greatest difference {differences[0]:.2g}"
-        print(f"{clean(path)}: {trained.cfg.arch} after epoch {trained.epoch}, {said}", flush=True)
+        print(f"{clean(path)}: {trained.config.network.arch} after epoch {trained.epoch}, {said}", flush=True)
     return DONE
 
 

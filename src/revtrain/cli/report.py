@@ -17,14 +17,15 @@ from revtrain.report.group import group_runs
 from revtrain.report.page import page
 from revtrain.report.tables import clean, comma_separated, markdown, terminal
 from revtrain.runs.read import gather
+from revtrain.runs.schema import CONFIG, METRICS, RESULT
 
 READ, NOTHING, INTERRUPTED = 0, 2, 130
 
 DESCRIPTION = """\
 Gather run directories, in any state, into a table: configurations with their accuracy, memory, SNR and compute
 overhead; runs that differ only in the seed become mean and standard deviation."""
-EPILOG = """\
-Only result.json and metrics.jsonl are read (.hydra/config.yaml where there is no result yet). What cannot be read is
+EPILOG = f"""\
+Only {RESULT} and {METRICS} are read ({CONFIG} where there is no result yet). What cannot be read is
 listed with the reason. Exit code: 0 if at least one run was read, else 2."""
 
 

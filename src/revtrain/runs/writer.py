@@ -1,9 +1,7 @@
 """What a run leaves behind: metrics.jsonl, result.json, TensorBoard events, a table on the terminal.
 
-`metrics.jsonl` has one line an epoch, epoch 0 being the state before the first step (see `RunWriter.epoch`).
-`result.json` is written in one step when training starts, with the status `running`, and again at the end, whatever
-the end was (see `new_result`).
-Both are strict JSON: a value that was not measured, or is not finite, is null.
+What is in them is stated in `revtrain.runs.schema`. `result.json` is written in one step when training starts, with the
+status `running`, and again at the end, whatever the end was.
 
 This module does not import torch until a run starts, so that a refused configuration is answered at once.
 """
@@ -20,84 +18,65 @@ import threading
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from revtrain import figures
 from revtrain.machine.files import write_atomic
 from revtrain.numerics.fidelity import trusted
+from revtrain.runs import schema
+from revtrain.runs.schema import LINE_KEYS, Line, Result, Snr, Status, Tag
+
+__all__ = [
+    "LINE_KEYS",
+    "RunWriter",
+    "SilentWriter",
+    "holds_run",
+    "new_result",
+    "one_line",
+    "versions",
+    "write_result",
+]
 
 log = logging.getLogger(__name__)
 
 HYPER_PARAMETERS = (
     "arch", "depth", "width", "slope", "pooling", "backward", "batch", "epochs", "lr", "precision", "seed",
 )  # fmt: skip
-LINE_KEYS = (
-    "epoch", "step", "lr", "loss_train", "loss_test", "accuracy_train", "accuracy_test", "train_images",
-    "train_seconds", "images_per_second", "snr_db", "gradients", "stream_overflows", "peak_vram_mib",
-)  # fmt: skip
 # the columns of the HParams tab
-KEY_METRICS = ("accuracy/test", "snr_db/min", "memory/bytes_per_pixel")
+KEY_METRICS = (Tag.ACCURACY_TEST, Tag.SNR_MINIMUM, Tag.BYTES_PER_PIXEL)
 EXACT_DB = 320.0  # revtrain.numerics.snr.SNR_CEILING_DB: no error at all; named here, too, since that imports torch
 FIGURES = 10  # SNR profiles a run: as many images of one tag as TensorBoard shows
 # the custom-scalars tab, so that the dashboard opens on meaning; its tags are regular expressions
 LAYOUT = {
     "accuracy, SNR, memory, speed": {
-        "accuracy": ["Multiline", ["accuracy/test"]],
-        "SNR (dB), minimum": ["Multiline", ["snr_db/min$"]],
-        "memory (bytes per pixel)": ["Multiline", ["memory/bytes_per_pixel"]],
-        "speed (images/s)": ["Multiline", ["speed/images_per_second"]],
+        "accuracy": ["Multiline", [Tag.ACCURACY_TEST]],
+        "SNR (dB), minimum": ["Multiline", [f"{Tag.SNR_MINIMUM}$"]],
+        "memory (bytes per pixel)": ["Multiline", [Tag.BYTES_PER_PIXEL]],
+        "speed (images/s)": ["Multiline", [Tag.SPEED]],
     },
     "more": {
-        "accuracy, training images": ["Multiline", ["accuracy/train"]],
-        "loss": ["Multiline", ["loss/test", "loss/train"]],
-        "gradients, least cosine": ["Multiline", ["gradients/minimum_cosine"]],
-        "gradients, greatest relative error": ["Multiline", ["gradients/maximum_relative_error"]],
-        "SNR (dB), per layer": ["Multiline", ["snr_db/(?!min$)"]],
-        "memory (peak VRAM, MiB)": ["Multiline", ["memory/peak_vram_mib"]],
-        "learning rate": ["Multiline", ["lr"]],
+        "accuracy, training images": ["Multiline", [Tag.ACCURACY_TRAIN]],
+        "loss": ["Multiline", [Tag.LOSS_TEST, Tag.LOSS_TRAIN]],
+        "gradients, least cosine": ["Multiline", [Tag.GRADIENT_COSINE]],
+        "gradients, greatest relative error": ["Multiline", [Tag.GRADIENT_ERROR]],
+        "SNR (dB), per layer": ["Multiline", [f"{Tag.SNR_OF_LAYER}(?!min$)"]],
+        "memory (peak VRAM, MiB)": ["Multiline", [Tag.PEAK_VRAM]],
+        "learning rate": ["Multiline", [Tag.LR]],
     },
 }
 
 
-def new_result(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """result.json as it is before anything was measured. Units are in the names; accuracies are 0..1.
-
-    `status` is completed, failed, interrupted (Ctrl-C or SIGTERM), planned (`plan=true`: nothing was trained), or
-    running, which is also what a killed run leaves behind. `plan` is what `planning.plan.Plan` lists, sizes in bytes,
-    where `plan`, `memory_limit` or `batch=auto` asked for it; `config` then holds the number of images that
-    `batch=auto` came to. `snr_db` is {"minimum", "minimum_layer",
-    "layers"} of the last probe, null in store mode. `gradients` is what `numerics.fidelity.summarise_gradients` returns
-    for it, and `gradients_trusted` whether every one pointed the right way at every probe. `stream_overflows` counts
-    the values that left the range of the stream's grid since the run was started or resumed; null for plain streams.
-    `peak_vram_mib` is {"allocated", "reserved"} over the training steps, null without CUDA. `memory_bytes` takes the
-    peak of one training step apart.
-    `train_seconds` counts training steps only, and includes those of a run that was resumed. Under torchrun
-    sizes, the plan and the peak are those of the first process with its share of the batch; all else is of the whole
-    batch.
-    """
-    return {
+def new_result(config: dict[str, Any], overrides: list[str]) -> Result:
+    """result.json as it is before anything was measured."""
+    known = {
         "status": "failed",
-        "error": None,
         "arch": config.get("arch"),
-        "params": None,
         "epochs": 0,
-        "test_accuracy": None,
-        "best_test_accuracy": None,
-        "train_seconds": None,
-        "images_per_second": None,
-        "snr_db": None,
-        "gradients": None,
-        "gradients_trusted": None,
-        "stream_overflows": None,
-        "peak_vram_mib": None,
-        "bytes_per_pixel": None,
-        "memory_bytes": None,
-        "plan": None,
-        "device": None,
         "versions": versions(),
         "overrides": list(overrides),
         "config": config,
     }
+    return cast(Result, {**dict.fromkeys(schema.RESULT_KEYS), **known})
 
 
 def versions() -> dict[str, str | None]:
@@ -111,19 +90,19 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def write_result(run_dir: Path, result: dict[str, Any]) -> None:
+def write_result(run_dir: Path, result: Result) -> None:
     """Write result.json in one step.
 
     Raises:
         OSError: the disk is full or the folder not writable.
     """
     text = json.dumps(_finite(result), indent=2, allow_nan=False) + "\n"
-    write_atomic(Path(run_dir) / "result.json", text.encode())
+    write_atomic(Path(run_dir) / schema.RESULT, text.encode())
 
 
 def holds_run(run_dir: Path) -> bool:
     """Whether a run has left results in this folder."""
-    return any((Path(run_dir) / name).exists() for name in ("metrics.jsonl", "result.json", "last.pt"))
+    return any((Path(run_dir) / name).exists() for name in schema.TRACES)
 
 
 def one_line(error: BaseException) -> str:
@@ -166,7 +145,7 @@ class RunWriter:
             },
         )
 
-    def start(self, history: list[dict[str, Any]], timeline: Any = None) -> None:
+    def start(self, history: list[Line], timeline: Any = None) -> None:
         """Open the files; the lines of a run that is continued come first, in place of those it left here.
 
         Args:
@@ -175,8 +154,8 @@ class RunWriter:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        write_atomic(self.run_dir / "metrics.jsonl", b"".join(map(_encoded, history)))
-        for events in self.run_dir.glob("events.out.tfevents.*"):
+        write_atomic(self.run_dir / schema.METRICS, b"".join(map(_encoded, history)))
+        for events in self.run_dir.glob(schema.EVENTS):
             events.unlink()
         self._excepthook, threading.excepthook = threading.excepthook, _told_by_the_next_write(threading.excepthook)
         self._writer = SummaryWriter(str(self.run_dir))
@@ -196,20 +175,19 @@ class RunWriter:
             self._take(line)
         write_result(self.run_dir, {**self.result, "status": "running"})
 
-    def epoch(self, line: dict[str, Any]) -> None:
+    def epoch(self, line: Line) -> None:
         """Append one epoch.
 
         Args:
-            line: the `LINE_KEYS`; accuracies are 0..1, `lr` is that of the last step, `snr_db` and
-                `peak_vram_mib` are as in result.json; None where not measured.
+            line: None where not measured.
         """
-        with open(self.run_dir / "metrics.jsonl", "ab") as file:
+        with open(self.run_dir / schema.METRICS, "ab") as file:
             file.write(_encoded(line))
             file.flush()
             os.fsync(file.fileno())  # the next checkpoint counts on it
         self._take(line)
 
-    def _take(self, line: dict[str, Any]) -> None:
+    def _take(self, line: Line) -> None:
         """Take a line into the result and the dashboard."""
         line = _finite(line)
         self.lines += 1
@@ -219,18 +197,18 @@ class RunWriter:
         gradients = line.get("gradients") or {"minimum_cosine": None, "maximum_relative_error": None}
         vram = line["peak_vram_mib"] or {"allocated": None}
         scalars = {
-            "accuracy/train": line["accuracy_train"],
-            "accuracy/test": line["accuracy_test"],
-            "loss/train": line["loss_train"],
-            "loss/test": line["loss_test"],
-            "lr": line["lr"],
-            "snr_db/min": snr["minimum"],
-            "gradients/minimum_cosine": gradients["minimum_cosine"],
-            "gradients/maximum_relative_error": gradients["maximum_relative_error"],
-            **{f"snr_db/{layer}": value for layer, value in snr["layers"].items()},
-            "memory/peak_vram_mib": vram["allocated"],
-            "memory/bytes_per_pixel": self.result["bytes_per_pixel"],
-            "speed/images_per_second": line["images_per_second"],
+            Tag.ACCURACY_TRAIN: line["accuracy_train"],
+            Tag.ACCURACY_TEST: line["accuracy_test"],
+            Tag.LOSS_TRAIN: line["loss_train"],
+            Tag.LOSS_TEST: line["loss_test"],
+            Tag.LR: line["lr"],
+            Tag.SNR_MINIMUM: snr["minimum"],
+            Tag.GRADIENT_COSINE: gradients["minimum_cosine"],
+            Tag.GRADIENT_ERROR: gradients["maximum_relative_error"],
+            **{f"{Tag.SNR_OF_LAYER}{layer}": value for layer, value in snr["layers"].items()},
+            Tag.PEAK_VRAM: vram["allocated"],
+            Tag.BYTES_PER_PIXEL: self.result["bytes_per_pixel"],
+            Tag.SPEED: line["images_per_second"],
         }
         for tag, value in scalars.items():
             if value is not None:
@@ -241,7 +219,7 @@ class RunWriter:
             self._figure("snr_db/profile", figures.snr_profile_figure(forward, title), line["epoch"])
         self._writer.flush()
 
-    def finish(self, status: str, error: BaseException | None = None) -> None:
+    def finish(self, status: Status, error: BaseException | None = None) -> None:
         """Write result.json and close the files."""
         self.result["status"] = status
         self.result["error"] = None if error is None else one_line(error)
@@ -289,7 +267,7 @@ class RunWriter:
         figure.clear()
         gc.collect()  # a figure is full of cycles: about a megabyte each would stay for a long time
 
-    def _update_result(self, line: dict[str, Any]) -> None:
+    def _update_result(self, line: Line) -> None:
         """Take a line into the sums and maxima; the lines themselves are not kept, a run may have very many."""
         result = self.result
         result.update(epochs=line["epoch"], stream_overflows=line.get("stream_overflows"))
@@ -316,19 +294,19 @@ class RunWriter:
 class SilentWriter(RunWriter):
     """Collects what `RunWriter` does and writes nothing: for the processes of a run that do not lead."""
 
-    def start(self, history: list[dict[str, Any]], timeline: Any = None) -> None:
+    def start(self, history: list[Line], timeline: Any = None) -> None:
         for line in history:
             self.epoch(line)
 
-    def epoch(self, line: dict[str, Any]) -> None:
+    def epoch(self, line: Line) -> None:
         self.lines += 1
         self._update_result(line)
 
-    def finish(self, status: str, error: BaseException | None = None) -> None:
+    def finish(self, status: Status, error: BaseException | None = None) -> None:
         self.result["status"] = status
 
 
-def _encoded(line: dict[str, Any]) -> bytes:
+def _encoded(line: Line) -> bytes:
     """As it stands in metrics.jsonl."""
     return (json.dumps(_finite(line), allow_nan=False) + "\n").encode()
 
@@ -352,7 +330,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _snr(snr: dict[str, Any] | None) -> str:
+def _snr(snr: Snr | None) -> str:
     if snr is None:
         return "not measured"
     if snr["minimum"] >= EXACT_DB:
@@ -364,7 +342,7 @@ def _rate(images_per_second: float | None) -> str:
     return "not measured" if images_per_second is None else f"{images_per_second:,.0f} images/s"
 
 
-def _gradients(result: dict[str, Any]) -> str:
+def _gradients(result: Result) -> str:
     if result["gradients"] is None:
         return "not compared"
     cosine = f"cosine of at least {result['gradients']['minimum_cosine']:.4f} to the true ones"

@@ -110,14 +110,14 @@ def test_the_confusion_matrix_counts():
 @needs_matplotlib
 def test_the_event_file_of_a_long_run_holds_few_figures(tmp_path):
     config = OmegaConf.to_container(compose([*TINY, "epochs=300"]), resolve=True)
-    report = RunWriter(tmp_path, config, [])
-    report.result["bytes_per_pixel"] = 100.0
+    writer = RunWriter(tmp_path, config, [])
+    writer.result["bytes_per_pixel"] = 100.0
     memory = predict_step_memory(compose([*TINY]), 10, 32, 16)
-    report.start([], memory.timeline)
+    writer.start([], memory.timeline)
     snr = {"minimum": 80.0, "minimum_layer": "a", "layers": dict(reversed(SNR.items()))}
     for epoch in range(301):
-        report.epoch({**dict.fromkeys(LINE_KEYS), "epoch": epoch, "snr_db": snr})
-    report.finish("completed")
+        writer.epoch({**dict.fromkeys(LINE_KEYS), "epoch": epoch, "snr_db": snr})
+    writer.finish("completed")
     events = EventAccumulator(str(tmp_path), {"images": 0}).Reload()
     assert set(events.Tags()["images"]) == {"snr_db/profile", "memory/timeline"}
     steps = [each.step for each in events.Images("snr_db/profile")]

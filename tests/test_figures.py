@@ -16,7 +16,8 @@ from revtrain.errors import RevtrainError
 from revtrain.models import build_model
 from revtrain.numerics.snr import probe_snr
 from revtrain.planning.predict import predict_step_memory
-from revtrain.runs.writer import FIGURES, LINE_KEYS, RunWriter
+from revtrain.runs.dashboard import FIGURES
+from revtrain.runs.writer import LINE_KEYS, RunWriter
 
 needs_matplotlib = pytest.mark.skipif(not figures.available(), reason="the extra figures is not installed")
 SNR = {"trunk/00_CouplingConv2d": 80.0, "trunk/01_InvertibleBatchNorm2d": 95.5, "trunk/02_InvertibleLeakyReLU": 101.0}

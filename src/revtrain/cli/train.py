@@ -134,7 +134,7 @@ def _run(cfg: DictConfig) -> float | None:
     """
     context = HydraConfig.get()
     run_dir = Path(context.runtime.output_dir)
-    overrides = OmegaConf.to_container(context.overrides.task, resolve=False)
+    overrides = [str(word) for word in context.overrides.task]
     if context.mode != RunMode.MULTIRUN:
         return _single_job(cfg, run_dir, overrides)
     done = sweeps.ended(run_dir)
@@ -147,21 +147,21 @@ def _run(cfg: DictConfig) -> float | None:
     sweeps.end_with(int(os.environ.get(PARENT, 0)))
     with suppress(OmegaConfBaseException):  # or the job says what is wrong
         OmegaConf.resolve(cfg)
-    logs = OmegaConf.to_container(context.job_logging, resolve=True)
+    logs = cast(dict[str, Any], OmegaConf.to_container(context.job_logging, resolve=True))
     logs["formatters"]["plain"]["format"] = f"{run_dir.name}: %(message)s"
     multiprocessing.set_start_method("spawn", force=True)  # joblib's own one is unknown to a new process
     process = multiprocessing.Process(target=_in_own_process, args=(cfg, run_dir, overrides, logs))
     process.start()
     process.join()
-    if process.exitcode < 0:
+    if process.exitcode is not None and process.exitcode < 0:
         sweeps.note_death(run_dir, process.exitcode, _plain(cfg), overrides)
-    return (sweeps.ended(run_dir) or {}).get("test_accuracy")
+    done = sweeps.ended(run_dir)
+    return done["test_accuracy"] if done else None
 
 
 def _in_own_process(cfg: DictConfig, run_dir: Path, overrides: list[str], logs: dict[str, Any]) -> None:
     """A job of a sweep as a process; it ends when the worker that started it does."""
-    parent = multiprocessing.parent_process()
-    sweeps.end_with(parent.pid)
+    sweeps.end_with(os.getppid())
     for name in ("SIGUSR1", "SIGUSR2"):  # SLURM's warning of a timeout is for the worker, which sees to it
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -341,6 +341,6 @@ def _check_flags(argv: list[str]) -> None:
             "revtrain takes key=value words, and -m (--multirun) for sweeps; see revtrain --help."
         )
 
-    parser.error = refuse
+    parser.error = refuse  # type: ignore[method-assign, assignment]
     if parser.parse_args(argv).multirun:
         launch.refuse_sweep()

@@ -31,7 +31,8 @@ SIDE_BY_SIDE = (Network, Training, Machine)  # parts whose keys have no prefix
 
 def own_keys(package: str) -> dict[str, dict[str, Key]]:
     """The keys that only some architectures (`models`) or data sets (`data`) have: key -> {who has it: the key}."""
-    prefix, found = "data." if package == "data" else "", {}
+    prefix = "data." if package == "data" else ""
+    found: dict[str, dict[str, Key]] = {}
     for owner in registry.names(package):
         kind = registry.settings(package, owner)
         for name, key in (keys_of(kind, prefix) if kind else {}).items():
@@ -79,9 +80,9 @@ def _schema_fields(part: type) -> list[tuple[str, Any, Any]]:
     hints, found = get_type_hints(part), []
     for item in fields(part):
         if item.name != "own":
-            default = {"default": item.default} if item.default is not MISSING else {}
-            factory = {"default_factory": item.default_factory} if item.default_factory is not MISSING else {}
-            found.append((item.name, hints[item.name], field(**default, **factory)))
+            stated = {"default": item.default, "default_factory": item.default_factory}
+            given: dict[str, Any] = {name: each for name, each in stated.items() if each is not MISSING}
+            found.append((item.name, hints[item.name], field(**given)))
     return found
 
 

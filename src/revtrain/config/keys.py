@@ -69,7 +69,8 @@ def key(default: Any, help: str, **bounds: Any) -> Any:
 @cache
 def keys_of(part: type, prefix: str = "") -> dict[str, Key]:
     """The keys that a dataclass states, those of nested ones included: {"data.augment.pad": Key(...), ...}."""
-    hints, found = get_type_hints(part), {}
+    hints = get_type_hints(part)
+    found: dict[str, Key] = {}
     for item in fields(part):
         name = prefix + item.name
         if is_dataclass(hints[item.name]):
@@ -121,12 +122,12 @@ def check(key: Key, value: Any, choices: Iterable[str] | None = None) -> None:
         _check_number(key, value)
 
 
-def _accepted(key: Key) -> tuple[type, ...]:
+def _accepted(key: Key) -> tuple[Any, ...]:
     kinds = tuple(get_origin(kind) or kind for kind in key.types)
     return (*kinds, int) if float in kinds else kinds
 
 
-def _check_choice(key: Key, value: str, choices: tuple[str, ...]) -> None:
+def _check_choice(key: Key, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise RevtrainError(
             f"{key.name}={value} was given; expected one of: {', '.join(choices)}.{did_you_mean(value, choices)}\n"

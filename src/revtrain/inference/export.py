@@ -134,6 +134,8 @@ def _onnx(trained: Trained, model: nn.Module) -> bytes:
     written = torch.onnx.export(
         _program(trained, model), input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False
     )
+    if written is None:
+        raise RevtrainError("torch.onnx wrote no network.\nTry another format, and please report it.")
     proto = written.model_proto
     for key, value in metadata(trained).items():
         proto.metadata_props.add(key=key, value=value)

@@ -275,7 +275,9 @@ def _snr(groups: Sequence[Group]) -> str:
     several = len({task for task, _ in arches}) > 1
     parts = []
     for (task, arch), members in arches.items():
-        profiles, minima, keys = [], [], []
+        profiles: list[Line] = []
+        minima: list[Line] = []
+        keys: list[str] = []
         for group in members:
             style, before = len(keys), len(profiles) + len(minima)
             for run in group.counted:

@@ -365,7 +365,7 @@ class _Values:
 
     def _note(self, key: str, expected: str) -> None:
         value = self.data[key]
-        given = {dict: "a mapping", list: "a list"}.get(type(value)) or repr(value)[:40]
+        given = "a mapping" if isinstance(value, dict) else "a list" if isinstance(value, list) else repr(value)[:40]
         self.note(f"{self.prefix}{key} is {given}; expected {expected}")
 
 
@@ -384,14 +384,14 @@ def _layers(snr: _Values) -> dict[str, float]:
 def _from_history(history: list[Epoch], layers: dict[str, float]) -> dict[str, Any]:
     """What result.json would say, for a run that has none yet."""
     accuracies = [each.accuracy_test for each in history if each.accuracy_test is not None]
-    timed = [each for each in history if each.train_seconds and each.train_images]
-    seconds = sum(each.train_seconds for each in timed)
+    timed = [(each.train_images, each.train_seconds) for each in history if each.train_seconds and each.train_images]
+    seconds = sum(taken for _, taken in timed if taken)
     minima = [each.snr_minimum_db for each in history if each.snr_minimum_db is not None]
     return {
         "test_accuracy": accuracies[-1] if accuracies else None,
         "best_test_accuracy": max(accuracies, default=None),
         "train_seconds": seconds or None,
-        "images_per_second": sum(each.train_images for each in timed) / seconds if seconds else None,
+        "images_per_second": sum(images for images, _ in timed if images) / seconds if seconds else None,
         "snr_db": layers,
         "snr_minimum_db": minima[-1] if minima else None,
         "snr_minimum_layer": min(layers, key=layers.__getitem__, default=None),

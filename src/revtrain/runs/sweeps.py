@@ -240,4 +240,4 @@ def outcome(result: Result | None) -> str:
 
 
 def _first_line(result: Result | None) -> str:
-    return ((result or {}).get("error") or "").split("\n")[0]
+    return ((result and result.get("error")) or "").split("\n")[0]

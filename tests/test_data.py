@@ -427,7 +427,7 @@ def test_the_cache_defaults_to_the_users_cache_folder(cfg, tmp_path, monkeypatch
 
 
 def test_folder_root_must_be_given_and_exist(cfg, tmp_path):
-    refused(replace(cfg, root=None), "data.root=PATH", "train/CLASS/*")
+    refused(replace(cfg, root=None), "data.root=FOLDER", "train/CLASS/*")
     refused(replace(cfg, root=str(tmp_path / "none")), str(tmp_path / "none"), "test/CLASS/*")
 
 

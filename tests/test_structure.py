@@ -137,7 +137,7 @@ def without(modules: str, code: str) -> subprocess.CompletedProcess[str]:
 def test_the_configuration_needs_no_torch():
     """Nor do the heads of the architectures and data sets, which state keys of their own."""
     done = without(
-        "'torch', 'torchvision'",
+        "'torch', 'torchvision', 'numpy'",
         "from revtrain.conf import compose\nfrom revtrain.config import all_keys, read, registry\n"
         "read(compose(['data=synthetic']))\n"
         "for package in ('models', 'data'):\n"

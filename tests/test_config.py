@@ -139,7 +139,7 @@ def test_schema_lists_nested_keys_and_their_types_in_words():
     assert {"arch", "data.root", "data.augment.pad", "probe.every"} <= all_keys().keys()
     assert set(sections()) == {"data", "data.augment", "probe"}
     assert expected("batch") == "a whole number, or auto"
-    assert expected("depth") == "a whole number"  # null is refused
+    assert expected("depth") == "a whole number or null"
     assert expected("grid_bits") == "a whole number or null"
     assert expected("lr") == "a number"
     assert expected("data.augment.flip") == "true or false"

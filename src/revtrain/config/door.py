@@ -11,15 +11,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, Optional, get_type_hints
-
-from omegaconf import DictConfig, OmegaConf
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any, Optional, cast, get_type_hints
 
 from revtrain.config import registry
 from revtrain.config.keys import Key, check, did_you_mean, in_words, keys_of
 from revtrain.config.memory_size import parse_memory
 from revtrain.config.schema import Config, DataConfig, Machine, Network, ProbeConfig, Training
 from revtrain.errors import RevtrainError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 SIDE_BY_SIDE = (Network, Training, Machine)  # parts whose keys have no prefix
 
@@ -103,7 +105,7 @@ def _own_fields(package: str) -> list[tuple[str, Any, Any]]:
 # ---- the door ------------------------------------------------------------------------------------
 
 
-def read(cfg: DictConfig | Mapping[str, Any] | Config, stored: bool = False) -> Config:
+def read(cfg: DictConfig | dict[str, Any] | Config, stored: bool = False) -> Config:
     """The configuration in parts, every value checked.
 
     Args:
@@ -116,7 +118,7 @@ def read(cfg: DictConfig | Mapping[str, Any] | Config, stored: bool = False) -> 
     """
     if isinstance(cfg, Config):
         return cfg
-    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)  # type: ignore[assignment]
+    values = _plain(cfg)
     data, probe = dict(values["data"]), dict(values["probe"])
     _check_found("arch", values["arch"], "models")
     _check_found("data", data["name"], "data")
@@ -132,6 +134,14 @@ def read(cfg: DictConfig | Mapping[str, Any] | Config, stored: bool = False) -> 
     )
     _check_together(config)
     return config
+
+
+def _plain(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(cfg, dict):
+        return dict(cfg)
+    from omegaconf import OmegaConf  # the report does without
+
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -184,7 +194,8 @@ def _own(values: Mapping[str, Any], package: str, owner: str, group: str, stored
         short = name.removeprefix(prefix)
         if name in mine or values.get(short) is None or stored:
             continue
-        has = f"its own keys are {', '.join(mine)}" if mine else "it has no keys of its own"
+        listed = shorten(", ".join(mine), 80, placeholder=" ...")
+        has = f"its own keys are {listed}" if mine else "it has no keys of its own"
         raise RevtrainError(
             f"{name}={values[short]} was given; {group}={owner} has no such key: {has}.\n"
             f"Leave {name} out, or choose one that has it: {', '.join(f'{group}={each}' for each in owners)}."

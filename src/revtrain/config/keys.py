@@ -127,7 +127,7 @@ def _has_type(key: Key, value: Any) -> bool:
     return isinstance(value, (*kinds, int) if float in kinds else kinds)
 
 
-def _check_choice(key: Key, value: str, choices: tuple[str, ...]) -> None:
+def _check_choice(key: Key, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise RevtrainError(
             f"{key.name}={value} was given; expected one of: {', '.join(choices)}.{did_you_mean(value, choices)}\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from revtrain.config import Network
@@ -35,7 +36,7 @@ def summarise_gradients(parameters: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def trusted(line: dict[str, Any]) -> bool | None:
+def trusted(line: Mapping[str, Any]) -> bool | None:
     """Whether every parameter's gradient points where the true one does, as far as reconstruction decides it.
 
     Args:

@@ -860,7 +860,7 @@ def test_a_clock_that_jumps(command, monkeypatch, whole, clock):
     }[clock]
     with monkeypatch.context() as patch:
         for name in ("time", "perf_counter", "monotonic"):
-            patch.setattr(train.time, name, tick)
+            patch.setattr(time, name, tick)
         ran = command(*BASE)
     assert ran.code == 0, ran.err
     assert_same_run(whole, ran.dir)

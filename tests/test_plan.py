@@ -262,10 +262,10 @@ def test_on_cuda_the_optimizer_copies_the_gradients(card):
 
 
 def test_the_allocator_is_capped_as_the_limit_says(card):
-    cap_memory(compose("memory_limit=2GiB"), CUDA)
-    cap_memory(compose("memory_limit=100GiB"), CUDA)
-    cap_memory(compose(), CUDA)  # the next job of a sweep
-    cap_memory(compose("memory_limit=2GiB"), CPU)
+    cap_memory("2GiB", CUDA)
+    cap_memory("100GiB", CUDA)
+    cap_memory(None, CUDA)  # the next job of a sweep
+    cap_memory("2GiB", CPU)
     assert card == [0.25, 1.0, 1.0]
 
 

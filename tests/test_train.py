@@ -313,13 +313,13 @@ def breaking(monkeypatch, step, how):
     """Put `Breaking` in place of every architecture; the list of those built."""
     built = []
 
-    def build(cfg, classes, image_size):
+    def build(network, images):
         built.append(Breaking(step, how))
         return built[-1]
 
     memory = SimpleNamespace(timeline=None, peak_bytes=1000, parameter_bytes=1, gradient_bytes=1, optimizer_bytes=1,
                              activation_bytes=1, bytes_per_pixel=1.0)  # fmt: skip
-    monkeypatch.setattr(revtrain.models, "build_model", build)
+    monkeypatch.setattr(revtrain.models, "build", build)
     monkeypatch.setattr(revtrain.planning.predict, "predict_step_memory", lambda *args: memory)
     monkeypatch.setattr(revtrain.numerics.snr, "probe_snr", lambda *args: {})
     return built
@@ -371,7 +371,7 @@ def test_out_of_memory_says_which_batch_would_fit(tmp_path, monkeypatch):
         image_size=32,
     )
     monkeypatch.setattr(revtrain.data, "load_data", lambda cfg: large)
-    monkeypatch.setattr(train, "_fit", no_memory)
+    monkeypatch.setattr(train, "Run", no_memory)
     monkeypatch.setattr(revtrain.planning.predict, "predict_step_memory", linear)
     monkeypatch.setattr(devices, "available_bytes", lambda device: 1024 * devices.MIB)
     with pytest.raises(RevtrainError) as caught:

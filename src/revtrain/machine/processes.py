@@ -16,18 +16,19 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from revtrain.config import Config
 from revtrain.errors import RevtrainError
 from revtrain.layers import synchronise_batch_norms
-from revtrain.machine import torchrun as launch
+from revtrain.machine import torchrun
 
 # Lost processes are noticed otherwise: this bounds how long the others wait for one that downloads or decodes images.
 TIMEOUT = timedelta(hours=1)
@@ -37,7 +38,7 @@ LEAST_SHARE = 2  # images a process: the memory of a step is told from two sizes
 
 
 class Processes:
-    """The processes that train together, as one of them sees it. A team of one does everything alone.
+    """The processes that train together, as one of them sees it. One alone does everything itself.
 
     Args:
         rank: 0 to size - 1.
@@ -51,8 +52,8 @@ class Processes:
 
     @classmethod
     def of_environment(cls) -> Processes:
-        """As torchrun started this process; a team of one without torchrun."""
-        return cls(launch.rank(), launch.size(), launch.local_rank())
+        """As torchrun started this process; alone without torchrun."""
+        return cls(torchrun.rank(), torchrun.size(), torchrun.local_rank())
 
     @property
     def leads(self) -> bool:
@@ -124,9 +125,12 @@ class Processes:
             f"Use batch={low} or batch={low + self.size}."
         )
 
-    def with_share(self, cfg: Any) -> Any:
-        """`cfg` with the batch of one process: what memory depends on. `batch=auto` stays."""
-        return cfg if self.size == 1 or cfg.batch == "auto" else OmegaConf.merge(cfg, {"batch": self.share(cfg.batch)})
+    def of_one(self, config: Config) -> Config:
+        """`config` with the batch of one process, on which its memory depends. `batch=auto` stays."""
+        batch = config.training.batch
+        if not isinstance(batch, int):
+            return config
+        return replace(config, training=replace(config.training, batch=self.share(batch)))
 
     def of_one_process(self, error: RevtrainError) -> RevtrainError:
         """An error that speaks of the batch of one process."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from revtrain.config import InvertibleSettings, read
+
 log = logging.getLogger(__name__)
 
 # Beyond this, noise makes up half of a gradient: sqrt(1 / 0.9^2 - 1) = 0.48.
@@ -48,7 +50,7 @@ class FidelityWatch:
     """Says once, and clearly, when rounding has taken the gradients over."""
 
     def __init__(self, cfg: Any):
-        self.cfg, self.warned = cfg, False
+        self.network, self.warned = read(cfg).network, False
 
     def look(self, line: dict[str, Any]) -> None:
         """`line`: of metrics.jsonl."""
@@ -66,18 +68,18 @@ class FidelityWatch:
         )  # fmt: skip
 
     def _advice(self) -> str:
-        cfg, ways = self.cfg, []
-        if "max_gain" in cfg:
-            if cfg.max_gain is None or cfg.max_gain > 1:
+        network, own, ways = self.network, self.network.own, []
+        if isinstance(own, InvertibleSettings):
+            if own.max_gain is None or own.max_gain > 1:
                 ways.append("max_gain=1")
-            if cfg.norm_sign != "negative":
-                ways.append("norm_sign=" + {"positive": "mixed", "mixed": "negative"}[cfg.norm_sign])
-            if cfg.slope < 0.5:
-                ways.append(f"a larger slope (now {cfg.slope:g})")
-            ways.append(f"a larger epsilon_i (now {cfg.epsilon_i:g})")
-        if cfg.precision != "fp32":
+            if own.norm_sign != "negative":
+                ways.append("norm_sign=" + {"positive": "mixed", "mixed": "negative"}[own.norm_sign])
+            if network.slope < 0.5:
+                ways.append(f"a larger slope (now {network.slope:g})")
+            ways.append(f"a larger epsilon_i (now {own.epsilon_i:g})")
+        if network.precision != "fp32":
             ways.append("precision=fp32")
-        if cfg.arch != "chunked":
-            ways.append(f"a smaller depth (now {cfg.depth})")
-            ways.append("arch=hybrid" if cfg.arch == "layerwise" else "arch=chunked")
+        if network.arch != "chunked":
+            ways.append(f"a smaller depth (now {network.depth})")
+            ways.append("arch=hybrid" if network.arch == "layerwise" else "arch=chunked")
         return ", ".join(ways) or "backward=store"

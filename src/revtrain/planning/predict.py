@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from revtrain.config import read
 from revtrain.machine.device import DTYPES
 from revtrain.memory.live import LiveStorages
 from revtrain.models import build_model
@@ -109,13 +110,15 @@ def predict_step_memory(cfg: Any, classes: int, image_size: int, batch: int) -> 
     fixed size fall out of it.
     """
 
+    config = read(cfg)
+
     def peaks(size: int) -> _Peaks:
         def make():
-            model = build_model(cfg, classes, image_size)
-            return model, make_optimizer(model, cfg)
+            model = build_model(config, classes, image_size)
+            return model, make_optimizer(model, config.training)
 
         with FakeTensorMode(), torch.random.fork_rng([]):
-            return training_step_memory(make, size, image_size, classes, DTYPES[cfg.precision])
+            return training_step_memory(make, size, image_size, classes, DTYPES[config.network.precision])
 
     half, full = peaks(max(1, batch // 2)), peaks(batch)
     pixels = (batch - max(1, batch // 2)) * image_size**2

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -173,7 +173,7 @@ class Processes:
         """The smallest of what the processes give."""
         return min(self._gather(value))
 
-    def add_up(self, counts: dict[str, float]) -> dict[str, float]:
+    def add_up(self, counts: Mapping[str, float]) -> dict[str, float]:
         """Numbers by name, summed over the processes."""
         total: dict[str, float] = {}
         for each in self._gather(counts):
@@ -203,12 +203,12 @@ class Processes:
             if self._store is None:
                 raise
             with _uninterrupted():
-                cause = self._cause(error)
+                cause = self._cause(error, self._store)
                 if dist.get_backend() == "gloo":  # the others notice at once; NCCL would wait for them
                     with suppress(Exception):
                         dist.destroy_process_group()
                 if not self.leads:
-                    self._wait_for_the_leader()
+                    _wait_for_the_leader(self._store)
             if cause is error:
                 raise
             raise cause from error
@@ -224,7 +224,7 @@ class Processes:
             with suppress(Exception):
                 dist.destroy_process_group()
 
-    def _cause(self, error: BaseException) -> BaseException:
+    def _cause(self, error: BaseException, store: dist.Store) -> BaseException:
         """The first failure of all: the processes ask the store, which takes the first one's."""
         lost = isinstance(error, RuntimeError) and any(word in str(error) for word in ("onnection", "gloo", "NCCL"))
         own = {"rank": self.rank, "kind": _kind(error), "text": _text(error)}
@@ -232,9 +232,9 @@ class Processes:
             own |= {"kind": "RevtrainError", "text": f"Another of the {self.size} processes ended without a word."}
         try:
             until = time.monotonic() + SAY_WHY_SECONDS
-            while lost and time.monotonic() < until and not self._store.check(["failure"]):
+            while lost and time.monotonic() < until and not store.check(["failure"]):
                 time.sleep(0.05)
-            first = json.loads(self._store.compare_set("failure", "", json.dumps(own)))
+            first = json.loads(store.compare_set("failure", "", json.dumps(own)))
         except Exception:  # the store went with the process that held it
             first = own
         if first["rank"] == self.rank and not lost:
@@ -245,14 +245,15 @@ class Processes:
             return RevtrainError(first["text"])
         return RuntimeError(f"process {first['rank']} of {self.size} failed: {first['text']}")
 
-    def _wait_for_the_leader(self) -> None:
-        until = time.monotonic() + PATIENCE_SECONDS
-        with suppress(Exception):
-            while time.monotonic() < until and not self._store.check(["leader ended"]):
-                time.sleep(0.1)
-
 
 ALONE = Processes()
+
+
+def _wait_for_the_leader(store: dist.Store) -> None:
+    until = time.monotonic() + PATIENCE_SECONDS
+    with suppress(Exception):
+        while time.monotonic() < until and not store.check(["leader ended"]):
+            time.sleep(0.1)
 
 
 def _kind(error: BaseException) -> str:

@@ -337,14 +337,16 @@ def make_plan(
             a network that cannot be built.
     """
     config = read(cfg)
-    network, asked, assumptions = config.network, config.training.batch, []
+    network, batch = config.network, config.training.batch
+    given = batch if isinstance(batch, int) else None  # None: batch=auto
+    assumptions: list[str] = []
     if classes is None or image_size is None:
         classes, image_size, training_images, assumptions = _without_data(config.data)
     images = Images(classes, image_size)
-    if isinstance(asked, int):
-        check_batch(asked, training_images)
+    if given is not None:
+        check_batch(given, training_images)
     limit = limit_bytes(config.machine.memory_limit, device)
-    if limit is None and asked == "auto":
+    if limit is None and given is None:
         raise RevtrainError(
             f"batch=auto was given without a limit; on {device.type} there is no card whose memory to fill.\n"
             "Add one, as in memory_limit=4GiB, or give a number, as in batch=512."
@@ -356,10 +358,9 @@ def make_plan(
     largest = None
     if limit is not None:
         per_image, guess = _first_guess(config, images, limit - margin)
-        first = asked if isinstance(asked, int) else guess // 2  # both serve for the slope as well
+        first = guess // 2 if given is None else given  # both serve for the slope as well
         largest = largest_batch(peak, limit - margin, training_images or MOST_IMAGES, per_image, first)
-    # where nothing fits, the numbers of the smallest batch say why
-    batch = asked if isinstance(asked, int) else largest or LEAST_BATCH
+    batch = given or largest or LEAST_BATCH  # where nothing fits, the numbers of the smallest batch say why
     fits = limit is None or peak(batch) + margin <= limit
     plan = Plan(
         arch=network.arch,
@@ -381,7 +382,7 @@ def make_plan(
         alternatives=() if fits or limit is None else alternatives(config, images, batch, limit - margin),
         assumptions=tuple(assumptions),
     )
-    if asked == "auto" and not largest:
+    if given is None and not largest:
         raise plan.refusal()
     return plan
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from revtrain.training import errors
 from revtrain.training.evaluate import evaluate
 from revtrain.training.forecast import Forecast
 from revtrain.training.overflows import OverflowWatch
+from revtrain.training.prepare import check_resumed, choose_batch, in_place, with_batch
 from revtrain.training.probe import Probe
 from revtrain.training.progress import Clock, Progress
 
@@ -76,7 +76,7 @@ def train(
 def _to_its_end(config: Config, run_dir: Path, overrides: list[str]) -> dict[str, Any]:
     """Do what `config` asks for; however that ends, result.json says so."""
     processes = Processes.of_environment()
-    if processes.leads and holds_run(run_dir) and not _in_place(config, run_dir):
+    if processes.leads and holds_run(run_dir) and not in_place(config, run_dir):
         raise errors.folder_taken(run_dir)
     kind = RunWriter if processes.leads else SilentWriter
     writer = kind(run_dir, flat(config), overrides)
@@ -119,12 +119,12 @@ def _carry_out(config: Config, run_dir: Path, writer: RunWriter, processes: Proc
     with processes.first_of_machine_first():
         dataset = data.load_data(config.data)
     images, available = Images(len(dataset.classes), dataset.image_size), len(dataset.train.labels)
-    batch = _choose_batch(config, images, available, resumed, device, writer, processes)
-    config = _with_batch(config, batch)
+    batch = choose_batch(config, images, available, resumed, device, writer, processes)
+    config = with_batch(config, batch)
     writer.result["config"] = flat(config)
     planning.cap_memory(machine.memory_limit, device)
     if resumed is not None:
-        _check_resumed(resumed, config, run_dir, images, available, processes)
+        check_resumed(resumed, config, run_dir, images, available, processes)
     log.info("data       %s: %d + %d images, %dx%d, %d classes", config.data.name, available,
              len(dataset.test.labels), images.size, images.size, images.classes)  # fmt: skip
     try:
@@ -135,65 +135,6 @@ def _carry_out(config: Config, run_dir: Path, writer: RunWriter, processes: Proc
             raise
         raise errors.out_of_memory(config, processes.share(batch), images, device, processes) from error
     return "completed"
-
-
-def _choose_batch(
-    config: Config,
-    images: Images,
-    available: int,
-    resumed: dict[str, Any] | None,
-    device: torch.device,
-    writer: RunWriter,
-    processes: Processes,
-) -> int:
-    """The images of a step: as given, or with batch=auto as the run to go on with had it, or the largest that fits.
-
-    Raises:
-        RevtrainError: a given one is larger than the training set, or needs more than `memory_limit`.
-    """
-    batch = config.training.batch
-    if batch == "auto" and resumed is not None:  # as it was: what fits now may be another number
-        batch = int(resumed["config"]["batch"])
-        writer.result["config"]["batch"] = batch
-    if isinstance(batch, int):
-        planning.check_batch(batch, available)
-        if config.machine.memory_limit is None:
-            return batch
-    own_share = processes.of_one(_with_batch(config, batch))
-    plan = planning.make_plan(own_share, device, images.classes, images.size, available // processes.size)
-    writer.planned(plan)
-    writer.result["config"]["batch"] = batch = processes.least(plan.batch) * processes.size
-    if not plan.fits:
-        raise processes.of_one_process(plan.refusal())
-    log.info("plan       batch %d needs %.1f of %.1f MiB; the largest that fits is %d",
-             plan.batch, plan.needed_bytes / devices.MIB, (plan.limit_bytes or 0) / devices.MIB,
-             plan.largest_batch)  # fmt: skip
-    return batch
-
-
-def _with_batch(config: Config, batch: int | str) -> Config:
-    return replace(config, training=replace(config.training, batch=batch))
-
-
-def _in_place(config: Config, run_dir: Path) -> bool:
-    """Whether the run to resume is the one of this folder."""
-    if config.machine.resume is None:
-        return False
-    resumed = Path(config.machine.resume)
-    named = resumed.name in (checkpoint.NAME, checkpoint.PREVIOUS)
-    return (resumed.parent if named else resumed).resolve() == run_dir.resolve()
-
-
-def _check_resumed(
-    resumed: dict[str, Any], config: Config, run_dir: Path, images: Images, available: int, processes: Processes
-) -> None:
-    """Refuse a checkpoint of another network or data set; say what costs bit-equality."""
-    in_place = processes.of_leader(_in_place(config, run_dir))
-    differences = checkpoint.check_compatible(resumed, flat(config), images.classes, available, in_place)
-    if resumed.get("processes", 1) != processes.size:
-        differences.append(f"processes: {resumed.get('processes', 1)} in the checkpoint, {processes.size} now")
-    for difference in differences:
-        log.warning("resume     no longer bit-equal to an uninterrupted run: %s", difference)
 
 
 # ---- the run ---------------------------------------------------------------------------------------------
@@ -227,7 +168,7 @@ class Run:
 
         torch.manual_seed(config.machine.seed)
         self.model: nn.Module = models.build(config.network, self.images).to(device)
-        self.shared = processes.wrap(self.model)  # what a step calls: the model, its gradients averaged
+        self.wrapped = processes.wrap(self.model)  # what a step calls: the model, its gradients averaged
         self.generator = torch.Generator().manual_seed(config.machine.seed)  # of order and augmentation
         self.optimizer = make_optimizer(self.model, training)
         self.scaler = devices.make_scaler(device, precision)
@@ -293,7 +234,7 @@ class Run:
             self.progress = Progress.from_dict(saved["partial"], self.device)
         log.info("resume     %s after epoch %d%s", self.config.machine.resume, self.epoch,
                  f" and {self.progress.step} of {self.steps} steps" if self.progress else "")  # fmt: skip
-        if self.processes.leads and _in_place(self.config, self.run_dir):
+        if self.processes.leads and in_place(self.config, self.run_dir):
             checkpoint.put_in_place(saved)
         return saved["history"]
 
@@ -351,7 +292,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate((self.epoch - 1) * self.steps + step)
         with devices.autocast(self.device, self.precision):
-            logits = self.shared(inputs)
+            logits = self.wrapped(inputs)
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=training.label_smoothing)
         self.scaler.scale(loss).backward()
         if training.clip_grad_norm is not None:

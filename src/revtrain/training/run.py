@@ -245,7 +245,7 @@ class Run:
         share, done = self.processes.share(self.batch), self.progress.step if self.progress else 0
         return Forecast(
             steps=len(left) * self.steps - done,
-            # forward, backward; there, twice the work, and once more where activations are rebuilt
+            # a step is a forward pass and a backward pass of twice the work, or three times where it rebuilds
             evaluation_steps=len(left) * len(self.dataset.test.labels) / self.batch / (4 if rebuilds else 3),
             probes=sum(map(self.probe.is_due, left)),
             probe_steps=(3 if self.probe.gradients else 1) * len(self.probe.labels) / share,

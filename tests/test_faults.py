@@ -97,10 +97,10 @@ def at_call(monkeypatch, name, number, action):
 # second checkpoint
 KILLED_WRITING = """
 import os, signal, sys
-from revtrain import checkpoint
+from revtrain.runs import checkpoint
 import revtrain.models, revtrain.data, revtrain.planning.plan, torch.utils.tensorboard  # once for all children
 from revtrain.conf import compose
-from revtrain.train import train
+from revtrain.training.run import train
 
 folder, base = sys.argv[1], sys.argv[2:]
 
@@ -413,7 +413,7 @@ def test_sigterm_at_10_random_moments(tmp_path, server, whole_six):
 FULL_DISK = """
 import os, resource, sys
 import revtrain.data
-from revtrain.cli import main
+from revtrain.cli.train import main
 draw, calls = revtrain.data.draw_augmentation, 0
 def draw_on_a_full_disk(*args):
     global calls
@@ -847,7 +847,7 @@ def test_a_clock_that_jumps(command, monkeypatch, whole, clock):
     }[clock]
     with monkeypatch.context() as patch:
         for name in ("time", "perf_counter", "monotonic"):
-            patch.setattr(train.time, name, tick)
+            patch.setattr(time, name, tick)
         ran = command(*BASE)
     assert ran.code == 0, ran.err
     assert_same_run(whole, ran.dir)

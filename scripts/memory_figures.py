@@ -247,6 +247,7 @@ def memory_against_depth(overrides: list[str], image_size: int, batch: int) -> l
 def draw_depth(rows: list[dict[str, Any]]) -> Figure:
     """Stored activations grow with depth, recomputed ones do not."""
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    ends: dict[tuple[float, str], list[tuple[str, str]]] = {}  # (bytes at the end, mode): whose, and its colour
     for arch, colour in COLOURS.items():
         for mode, line in (("store", "--"), ("invert", "-")):
             own = [row for row in rows if (row["arch"], row["backward"]) == (arch, mode)]
@@ -254,10 +255,14 @@ def draw_depth(rows: list[dict[str, Any]]) -> Figure:
             axes.plot(depths, [row["analytic B/px"] for row in own], line, color=colour, linewidth=1.6)
             axes.plot(depths, [row["counted B/px"] for row in own], "o", color=colour, markersize=4,
                       mfc=colour if mode == "invert" else "white")  # fmt: skip
-            last = own[-1]["counted B/px"]
-            axes.annotate(f"{arch}, {mode}: {last:,.0f}", (depths[-1], last), (7, 0), textcoords="offset points",
-                          va="center", fontsize=9.5, color=colour)  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlim=(DEPTHS[0] * 0.93, DEPTHS[-1] * 2.1))
+            ends.setdefault((own[-1]["counted B/px"], mode), []).append((arch, colour))
+    place = 0.0  # of the label below, kept clear of the next
+    for (value, mode), curves in sorted(ends.items()):
+        place = max(value, 1.3 * place)
+        text = f"{' and '.join(arch for arch, _ in curves)}, {mode}: {value:,.0f}"
+        colour = curves[0][1] if len(curves) == 1 else "black"
+        axes.text(1.08 * DEPTHS[-1], place, text, va="center", fontsize=9.5, color=colour)
+    axes.set(xscale="log", yscale="log", xlim=(DEPTHS[0] * 0.93, DEPTHS[-1] * 2.6))
     axes.set_xticks(DEPTHS, [str(depth) for depth in DEPTHS])
     axes.set_yticks(ticks := (100, 300, 1000, 3000, 10000, 30000), [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()

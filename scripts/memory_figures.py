@@ -31,6 +31,7 @@ from matplotlib.figure import Figure
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from revtrain.conf import compose
+from revtrain.config import read
 from revtrain.machine.device import DTYPES
 from revtrain.memory.closed_form import MemoryModel, Module, Moment, analytic_memory
 from revtrain.memory.live import LiveStorages
@@ -164,7 +165,7 @@ def record(cfg: Any, image_size: int, batch: int) -> tuple[list[float], dict[str
     dtype = DTYPES[cfg.precision]
     with FakeTensorMode(), torch.random.fork_rng([]), Timed() as counter:
         model = build_model(cfg, CLASSES, image_size).train()
-        optimizer = make_optimizer(model, cfg)
+        optimizer = make_optimizer(model, read(cfg).training)
         for parameter in model.parameters():  # the first step only makes the momentum
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()

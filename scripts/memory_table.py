@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from revtrain.conf import compose
+from revtrain.config import read
 from revtrain.machine.device import DTYPES
 from revtrain.memory.closed_form import MemoryModel, analytic_memory
 from revtrain.models import architectures, build_model, traits
@@ -47,7 +48,7 @@ def measure(cfg: Any, image_size: int, batch: int) -> int:
 
     def make():
         model = build_model(cfg, CLASSES, image_size)
-        return model, make_optimizer(model, cfg)
+        return model, make_optimizer(model, read(cfg).training)
 
     return training_step_memory(make, batch, image_size, CLASSES, DTYPES[cfg.precision]).step
 
@@ -57,7 +58,7 @@ def measure_cuda(cfg: Any, image_size: int, batch: int) -> str:
     dtype = DTYPES[cfg.precision]
     try:
         model = build_model(cfg, CLASSES, image_size).cuda().train()
-        optimizer = make_optimizer(model, cfg)
+        optimizer = make_optimizer(model, read(cfg).training)
         for _ in range(2):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

@@ -60,7 +60,7 @@ HYBRID = [
 
 
 def images_of(words: Iterable[str], count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    data = load_data(compose(list(words)).data)
+    data = load_data(read(compose(list(words))).data)
     chosen = torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(0))[:count]
     return normalise(data.train.images[chosen], data.mean, data.std), data.train.labels[chosen]
 

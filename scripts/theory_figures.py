@@ -30,6 +30,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from revtrain.conf import compose
+from revtrain.config import read
 from revtrain.data import load_data, normalise
 from revtrain.layers import CouplingConv2d, InvertibleBatchNorm2d, InvertibleLeakyReLU
 from revtrain.models import build_model
@@ -314,9 +315,9 @@ def chain_row(depth: int, slope: float, steps: int, width: int, batch: int, seed
     torch.manual_seed(seed)
     model, twin = (build_model(compose([*overrides, f"backward={mode}"])) for mode in ("invert", "store"))
     cfg = compose([*overrides, f"data.train_images={batch * (steps + 1)}"])
-    data = load_data(cfg.data)
+    data = load_data(read(cfg).data)
     images, labels = normalise(data.train.images, data.mean, data.std), data.train.labels
-    optimizer = make_optimizer(twin.train(), cfg)
+    optimizer = make_optimizer(twin.train(), read(cfg).training)
     for step in range(1, steps + 1):
         chosen = slice(batch * step, batch * (step + 1))
         optimizer.zero_grad()

@@ -30,7 +30,7 @@ MARKED = re.compile(
     re.DOTALL,
 )
 TABLE = re.compile(r"(?:^\|.*\n?)+", re.MULTILINE)
-NUMBER = re.compile(r"[*+-]*[\d,]*\.?\d+(e[+-]\d+)?[*%]*")
+NUMBER = re.compile(r"[*+-]*[\d,]*\.?\d+(e[+-]\d+)?[*%]*|-|exact")
 
 
 def pages() -> list[Path]:

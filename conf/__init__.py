@@ -39,7 +39,8 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
 
 def search_path() -> list[str]:
     """The words that let Hydra find the yamls of the folders in REVTRAIN_PATH (see `revtrain.config.registry`)."""
-    places = [f"'file://{folder / 'conf'}'" for folder in registry.plugin_folders()]
+    paths = [str(folder / "conf").replace("\\", "\\\\").replace("'", "\\'") for folder in registry.plugin_folders()]
+    places = [f"'file://{path}'" for path in paths]
     return [f"hydra.searchpath=[{','.join(places)}]"] if places else []
 
 

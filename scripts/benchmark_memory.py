@@ -48,7 +48,7 @@ from revtrain.errors import RevtrainError
 from revtrain.layers import AdditiveCoupling, Head, HiddenChunkCoupling, WideResidual
 from revtrain.machine.device import DTYPES, autocast, choose_device, describe, synchronize
 from revtrain.memory.live import LiveStorages
-from revtrain.models import architectures, build_model
+from revtrain.models import architectures, build_model, traits
 from revtrain.models.chunked import residual
 from revtrain.models.common import conv3x3
 
@@ -271,7 +271,7 @@ def all_cases() -> dict[str, Case]:
     for arch in architectures():
         arch_store = partial(make_arch, arch, "store")
         cases.append(Case(f"{arch}:store", "arch", f"{arch}, store", arch_store, arch_store, baseline=True))
-        if arch != "resnet18":  # nothing of it can be inverted
+        if traits(arch).reversible:
             cases.append(
                 Case(f"{arch}:invert", "arch", f"{arch}, invert", partial(make_arch, arch, "invert"), arch_store)
             )

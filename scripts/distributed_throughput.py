@@ -38,6 +38,7 @@ def worker(archs: list[str], overrides: list[str]) -> None:
     from torch.nn.functional import cross_entropy
 
     from revtrain.conf import compose
+    from revtrain.config import read
     from revtrain.machine.device import choose_device, synchronize
     from revtrain.machine.processes import Processes
     from revtrain.models import build_model
@@ -50,7 +51,7 @@ def worker(archs: list[str], overrides: list[str]) -> None:
         cfg = compose([f"arch={arch}", *overrides])
         torch.manual_seed(0)
         model = build_model(cfg, 10, 32).to(device).train()
-        network, optimizer, share = team.wrap(model), make_optimizer(model, cfg), team.share(cfg.batch)
+        network, optimizer, share = team.wrap(model), make_optimizer(model, read(cfg).training), team.share(cfg.batch)
         images, labels = torch.randn(share, 3, 32, 32, device=device), torch.arange(share, device=device) % 10
         seconds = []
         for step in range(WARM_UP + STEPS):

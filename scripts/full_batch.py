@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revtrain.conf import compose
+from revtrain.config import read
 from revtrain.data import load_data, normalise
 from revtrain.memory.live import LiveStorages
 from revtrain.models import build_model
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
     cfg = compose([*DEFAULTS, *args.overrides])
 
-    data = load_data(cfg.data)
+    data = load_data(read(cfg).data)
     count = min(args.images or len(data.train.labels), len(data.train.labels))
     predicted = StepPredictor(cfg, len(data.classes), data.image_size)(count)
     print(

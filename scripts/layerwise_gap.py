@@ -14,7 +14,6 @@ The same command continues where it was cut off: runs that ended are kept, other
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
@@ -23,6 +22,8 @@ import statistics
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+
+from revtrain.runs.read import Run, read_run
 
 VARIANTS = {
     "ours": [],
@@ -37,7 +38,7 @@ SETTING = [
 
 def run(variant: str, backward: str, seed: int, folder: Path, overrides: list[str]) -> None:
     """Train one network into `folder`, unless that was done before."""
-    if _result(folder).get("status") in ENDED:
+    if (before := _run(folder)) and before.status in ENDED:
         return
     shutil.rmtree(folder, ignore_errors=True)
     from revtrain.conf import compose
@@ -48,7 +49,7 @@ def run(variant: str, backward: str, seed: int, folder: Path, overrides: list[st
         _invert_by_the_unbiased_variance()
     with suppress(RevtrainError):  # a loss that is not finite is a result, too
         train(compose([*SETTING, *VARIANTS[variant], f"backward={backward}", f"seed={seed}", *overrides]), folder)
-    print(_line(variant, backward, seed, _result(folder)), flush=True)
+    print(_line(variant, backward, seed, _run(folder)), flush=True)
 
 
 def _invert_by_the_unbiased_variance() -> None:
@@ -65,18 +66,15 @@ def _invert_by_the_unbiased_variance() -> None:
     layerwise.InvertibleBatchNorm2d = UnbiasedInverse
 
 
-def _result(folder: Path) -> dict:
-    try:
-        return json.loads((folder / "result.json").read_text())
-    except (OSError, ValueError):
-        return {}
+def _run(folder: Path) -> Run | None:
+    return read_run(folder, problems=[])
 
 
-def _line(variant: str, backward: str, seed: int, result: dict) -> str:
-    snr = f", minimum SNR {result['snr_db']['minimum']:.1f} dB" if result.get("snr_db") else ""
-    if result.get("status") != "completed":
-        return f"{variant} {backward} seed {seed}: {result.get('error', 'not ended').splitlines()[0]}"
-    return f"{variant} {backward} seed {seed}: {100 * result['test_accuracy']:.2f} %{snr}"
+def _line(variant: str, backward: str, seed: int, run: Run | None) -> str:
+    if run is None or not run.completed:
+        return f"{variant} {backward} seed {seed}: {((run and run.error) or 'not ended').splitlines()[0]}"
+    snr = f", minimum SNR {run.snr_minimum_db:.1f} dB" if run.snr_minimum_db is not None else ""
+    return f"{variant} {backward} seed {seed}: {100 * run.test_accuracy:.2f} %{snr}"
 
 
 def table(out: Path, seeds: int) -> str:
@@ -87,26 +85,26 @@ def table(out: Path, seeds: int) -> str:
     ]
     for variant in VARIANTS:
         found = {
-            backward: [_result(out / f"{variant}-{backward}-{seed}") for seed in range(seeds)]
+            backward: [_run(out / f"{variant}-{backward}-{seed}") for seed in range(seeds)]
             for backward in ("store", "invert")
         }
         pairs = [
             (s, i)
             for s, i in zip(found["store"], found["invert"], strict=True)
-            if s.get("status") == "completed" and i.get("status") in ENDED
+            if s and i and s.completed and i.status in ENDED
         ]
         if not pairs:
             continue
-        lost = [i for _, i in pairs if i["status"] == "failed"]
+        lost = [i for _, i in pairs if not i.completed]
         if lost:
-            store = _spread([100 * s["test_accuracy"] for s, _ in pairs])
+            store = _spread([100 * s.test_accuracy for s, _ in pairs])
             why = f"diverged ({len(lost)} of {len(pairs)} seeds)"
-            snr = ", ".join("-" if i["snr_db"] is None else f"{i['snr_db']['minimum']:.1f} at the start" for i in lost)
+            snr = ", ".join("-" if i.snr_minimum_db is None else f"{i.snr_minimum_db:.1f} at the start" for i in lost)
             lines.append(f"| {variant} | {len(pairs)} | {store} | {why} | - | {snr} |")
             continue
-        store, invert = ([100 * r["test_accuracy"] for r in side] for side in zip(*pairs, strict=True))
+        store, invert = ([100 * r.test_accuracy for r in side] for side in zip(*pairs, strict=True))
         gaps = [a - b for a, b in zip(store, invert, strict=True)]
-        snr = ", ".join(f"{i['snr_db']['minimum']:.1f}" for _, i in pairs)
+        snr = ", ".join(f"{i.snr_minimum_db:.1f}" for _, i in pairs)
         lines.append(f"| {variant} | {len(pairs)} | {_spread(store)} | {_spread(invert)} | {_spread(gaps)} | {snr} |")
     return "\n".join(lines)
 

@@ -18,11 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from revtrain.runs.schema import CHECKPOINT, EVENTS, LOG, METRICS
+
 TINY = (
     "arch=hybrid", "depth=1", "width=8", "pooling=[]", "data=synthetic", "data.train_images=64", "data.test_images=20",
     "data.image_size=16", "batch=16", "lr=0.02", "probe.batch=8", "device=cpu",
 )  # fmt: skip
-FILES = {"metrics.jsonl": "metrics.jsonl", "events": "events.*", "last.pt": "last.pt", "train.log": "train.log"}
+FILES = {METRICS: METRICS, "events": EVENTS, CHECKPOINT: CHECKPOINT, LOG: LOG}  # name -> pattern
 
 
 def measure(epochs: int, folder: Path) -> dict[str, list[float]]:
@@ -41,7 +43,7 @@ def measure(epochs: int, folder: Path) -> dict[str, list[float]]:
     lines = 0
     while process.poll() is None:
         time.sleep(0.02)
-        now = (folder / "metrics.jsonl").read_bytes().count(b"\n") if (folder / "metrics.jsonl").exists() else 0
+        now = (folder / METRICS).read_bytes().count(b"\n") if (folder / METRICS).exists() else 0
         row = _row(process.pid, folder) if now > lines else None
         if row:
             lines = now

@@ -2,15 +2,19 @@
 
     python scripts/memory_figures.py                         # all, into docs/figures/memory_<arch>.png and .svg
     python scripts/memory_figures.py --arch hybrid width=16 precision=bf16
+    python scripts/memory_figures.py --depth                 # memory_depth.png, .svg and .csv: memory against depth
 
 Above: the network from input to loss as a row of modules. A bar shows what is alive while that module is at work, at
 the moment when that is most, after the closed forms: what earlier modules keep, what this one keeps, what lives only
 inside it, and gradients. Below: live storages over a whole training step, counted under fake tensors.
+
+Memory against depth: lines are the closed forms, markers the same count, as a slope between two batches.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,11 +31,13 @@ from matplotlib.figure import Figure
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from revtrain.conf import compose
+from revtrain.config import read
 from revtrain.machine.device import DTYPES
-from revtrain.memory.closed_form import MemoryModel, Module, Moment, analytic_memory
+from revtrain.memory.closed_form import MemoryModel, Module, Moment
 from revtrain.memory.live import LiveStorages
-from revtrain.models import architectures, build_model
+from revtrain.models import analytic_memory, architectures, build_model, traits
 from revtrain.optim import make_optimizer
+from revtrain.planning.predict import StepPredictor
 
 CLASSES = 10
 MIB = 2**20
@@ -159,7 +165,7 @@ def record(cfg: Any, image_size: int, batch: int) -> tuple[list[float], dict[str
     dtype = DTYPES[cfg.precision]
     with FakeTensorMode(), torch.random.fork_rng([]), Timed() as counter:
         model = build_model(cfg, CLASSES, image_size).train()
-        optimizer = make_optimizer(model, cfg)
+        optimizer = make_optimizer(model, read(cfg).training)
         for parameter in model.parameters():  # the first step only makes the momentum
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
@@ -217,6 +223,73 @@ def draw_timeline(axes: Axes, cfg: Any, model: MemoryModel, image_size: int, bat
     axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(0, 0.9), frameon=False, handlelength=1)
 
 
+# ---------------------------------------------------------------- memory against depth
+
+DEPTHS = (3, 6, 12, 24, 48)
+COLOURS = {"hybrid": "#d95f02", "chunked": "#08519c", "layerwise": "#41ab5d"}  # differ in grey, too
+
+
+def memory_against_depth(overrides: list[str], image_size: int, batch: int) -> list[dict[str, Any]]:
+    """Bytes per input pixel of each architecture, mode and depth: closed form, and counted between two batches."""
+    rows = []
+    for arch in COLOURS:
+        for mode in ("store", "invert"):
+            for depth in DEPTHS:
+                words = ["data=synthetic", f"arch={arch}", f"backward={mode}", f"depth={depth}", *overrides]
+                cfg = compose(words)
+                predict = StepPredictor(cfg, CLASSES, image_size)
+                slope = (predict(2 * batch).peak - predict(batch).peak) / (batch * image_size**2)
+                analytic = analytic_memory(cfg, CLASSES, image_size).bytes_per_pixel
+                rows.append({"arch": arch, "backward": mode, "depth": depth, "analytic B/px": round(analytic, 1),
+                             "counted B/px": round(slope, 1)})  # fmt: skip
+    return rows
+
+
+def draw_depth(rows: list[dict[str, Any]]) -> Figure:
+    """Stored activations grow with depth, recomputed ones do not."""
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    ends: dict[tuple[float, str], list[tuple[str, str]]] = {}  # (bytes at the end, mode): whose, and its colour
+    for arch, colour in COLOURS.items():
+        for mode, line in (("store", "--"), ("invert", "-")):
+            own = [row for row in rows if (row["arch"], row["backward"]) == (arch, mode)]
+            depths = [row["depth"] for row in own]
+            axes.plot(depths, [row["analytic B/px"] for row in own], line, color=colour, linewidth=1.6)
+            axes.plot(depths, [row["counted B/px"] for row in own], "o", color=colour, markersize=4,
+                      mfc=colour if mode == "invert" else "white")  # fmt: skip
+            ends.setdefault((own[-1]["counted B/px"], mode), []).append((arch, colour))
+    place = 0.0  # of the label below, kept clear of the next
+    for (value, mode), curves in sorted(ends.items()):
+        place = max(value, 1.3 * place)
+        text = f"{' and '.join(arch for arch, _ in curves)}, {mode}: {value:,.0f}"
+        colour = curves[0][1] if len(curves) == 1 else "black"
+        axes.text(1.08 * DEPTHS[-1], place, text, va="center", fontsize=9.5, color=colour)
+    axes.set(xscale="log", yscale="log", xlim=(DEPTHS[0] * 0.93, DEPTHS[-1] * 2.6))
+    axes.set_xticks(DEPTHS, [str(depth) for depth in DEPTHS])
+    axes.set_yticks(ticks := (100, 300, 1000, 3000, 10000, 30000), [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("depth: repeated units of the network", loc="left")
+    axes.set_ylabel("bytes per input pixel")
+    axes.set_title("Memory of a training step: stored (dashed) and recomputed (solid)", loc="left", fontsize=11)
+    axes.grid(color="#e3e3e3", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def write_depth(args: argparse.Namespace) -> Path:
+    rows = memory_against_depth(args.overrides, args.image_size, args.batch // 8)
+    path = args.output / "memory_depth.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    figure = draw_depth(rows)
+    for suffix in ("png", "svg"):
+        figure.savefig(path.with_suffix(f".{suffix}"), dpi=120)
+    plt.close(figure)
+    return path
+
+
 # ---------------------------------------------------------------- the figure
 
 
@@ -227,7 +300,7 @@ def draw(overrides: list[str], image_size: int, batch: int) -> Figure:
     figure, (above, below) = plt.subplots(2, 1, figsize=(10, 8.4), layout="constrained", height_ratios=[1.25, 1])
     draw_modules(above, model)
     draw_timeline(below, cfg, model, image_size, batch)
-    mode = "" if cfg.arch == "resnet18" else f"backward={cfg.backward}, "
+    mode = "" if not traits(cfg.arch).reversible else f"backward={cfg.backward}, "
     figure.suptitle(
         f"{cfg.arch}: {model.bytes_per_pixel:.0f} bytes per input pixel   "
         f"(width {cfg.width}, depth {cfg.depth}, {cfg.precision}, {mode}{model.parameters / 1e6:.1f} M parameters)",
@@ -244,6 +317,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("overrides", nargs="*", help="configuration for all, e.g. width=16 precision=bf16")
     parser.add_argument("--arch", nargs="+", default=architectures(), choices=architectures(), metavar="ARCH")
+    parser.add_argument("--depth", action="store_true", help="memory against depth instead")
     parser.add_argument("--image-size", type=int, default=32, help="pixels a side (32)")
     parser.add_argument("--batch", type=int, default=512, help="images of the recorded step (512)")
     parser.add_argument("--output", type=Path, default=Path("docs/figures"), help="folder (docs/figures)")
@@ -253,6 +327,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None, show: Callable[[str], None] = print) -> None:
     args = parse(argv)
     args.output.mkdir(parents=True, exist_ok=True)
+    if args.depth:
+        show(str(write_depth(args)))
+        return
     for arch in args.arch:
         overrides = ["data=synthetic", f"arch={arch}", *args.overrides]
         figure = draw(overrides, args.image_size, args.batch)

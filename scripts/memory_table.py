@@ -5,13 +5,15 @@
     python scripts/memory_table.py --name memory_table_bf16 precision=bf16
     python scripts/memory_table.py --measure-batch 0         # predictions only, no real step
 
-Prints Markdown and writes it and a CSV of the same numbers into docs/figures. Columns:
+Prints Markdown and writes it and a CSV of the same numbers into docs/figures; and, as
+NAME_equations.md, the paper's equations, filled in. `python scripts/docs_tables.py` takes the tables from there into
+the pages. Columns:
 
-analytic    closed form, bytes per input pixel (revtrain.memory.closed_form)
+analytic    closed form, bytes per input pixel (revtrain.models.analytic_memory)
 predicted   peak of live storages over a training step under fake tensors (revtrain.planning.predict); per pixel, the
             slope between the batch and twice of it
 measured    the same count over real steps on the CPU at small batches, beside the prediction at those
-CUDA        the allocator's peak over a real step at the full batch, allocated and reserved
+CUDA        where there is a GPU: the allocator's peak over a real step at the full batch, allocated and reserved
 batch in X  the largest batch whose predicted peak stays within X
 """
 
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +29,10 @@ import torch
 import torch.nn.functional as F
 
 from revtrain.conf import compose
+from revtrain.config import read
 from revtrain.machine.device import DTYPES
-from revtrain.memory.closed_form import analytic_memory
-from revtrain.models import architectures, build_model
+from revtrain.memory.closed_form import MemoryModel
+from revtrain.models import analytic_memory, architectures, build_model, traits
 from revtrain.optim import make_optimizer
 from revtrain.planning.plan import MOST_IMAGES, largest_batch
 from revtrain.planning.predict import StepPredictor
@@ -46,12 +50,10 @@ def measure(cfg: Any, image_size: int, batch: int) -> int:
 
 def measure_cuda(cfg: Any, image_size: int, batch: int) -> str:
     """Allocated / reserved MiB at the peak of the second of two real steps on the GPU."""
-    if not torch.cuda.is_available():
-        return NO_GPU
     dtype = DTYPES[cfg.precision]
     try:
         model = build_model(cfg, CLASSES, image_size).cuda().train()
-        optimizer = make_optimizer(model, cfg)
+        optimizer = make_optimizer(model, read(cfg).training)
         for _ in range(2):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -79,7 +81,7 @@ def row(cfg: Any, args: argparse.Namespace) -> dict[str, Any]:
     per_image = (peak(2 * batch) - peak(batch)) / batch
     cells: dict[str, Any] = {
         "arch": cfg.arch,
-        "backward": cfg.backward if cfg.arch != "resnet18" else "either",
+        "backward": cfg.backward if traits(cfg.arch).reversible else "either",
         "parameters": analytic.parameters,
         "analytic B/px": round(analytic.bytes_per_pixel, 1),
         "predicted B/px": round(per_image / pixels, 1),
@@ -90,11 +92,46 @@ def row(cfg: Any, args: argparse.Namespace) -> dict[str, Any]:
         cells[f"measured peak at {size}, MiB"] = round(real / MIB, 2)
         cells[f"predicted peak at {size}, MiB"] = round(peak(size) / MIB, 2)
         cells[f"difference at {size}, %"] = round(100 * (peak(size) / real - 1), 2)
-    cells[f"CUDA peak at {batch}, allocated / reserved MiB"] = measure_cuda(cfg, args.image_size, batch)
+    if torch.cuda.is_available():
+        cells[f"CUDA peak at {batch}, allocated / reserved MiB"] = measure_cuda(cfg, args.image_size, batch)
     for name, limit in LIMITS.items():
         first = int((limit - peak(batch)) / per_image) + batch
         cells[f"batch in {name}"] = largest_batch(peak, limit, MOST_IMAGES, per_image, first)
     return cells
+
+
+# ---- the paper's equations: which of its symbols, in words, and what it is of the closed form --------------
+EQUATIONS: list[tuple[str, str, Callable[[MemoryModel], float]]] = [
+    (
+        "6, 7, 9, 12, 30",
+        "M_z, kept over the pass (global bottleneck), images included",
+        lambda memory: memory.of(kind="activation", bottleneck="global"),
+    ),
+    (
+        "10, 11, 12, 4.2",
+        "M_z, alive inside one module (local bottleneck)",
+        lambda memory: memory.of(kind="activation") - memory.of(kind="activation", bottleneck="global"),
+    ),
+    ("10-13, 30", "M_g, gradients of activations at the peak", lambda memory: memory.of(kind="gradient")),
+    ("5", "M_theta + M_z + M_g per pixel, analytic", lambda memory: memory.bytes_per_pixel),
+]
+
+
+def equations(memories: list[MemoryModel], rows: list[dict[str, Any]], widths: list[int], batch: int) -> str:
+    """The terms of Eq. 5 for each architecture, bytes per input pixel at the peak; weights and the total in MiB."""
+    names = [f"{memory.arch}, c={width}" for memory, width in zip(memories, widths, strict=True)]
+    lines = ["| equation | symbol | " + " | ".join(names) + " |", "|---|---|" + "---:|" * len(names)]
+    for number, symbol, value in EQUATIONS:
+        lines.append(f"| {number} | {symbol} | " + " | ".join(f"{value(memory):.0f}" for memory in memories) + " |")
+    total = f"predicted peak at {batch}, MiB"
+    theta = "M_theta: weights and running statistics, MiB (their gradients and the momentum take as much again, each)"
+    for symbol, cells in {
+        "the same, predicted by a fake step": [f"{cells['predicted B/px']:.0f}" for cells in rows],
+        theta: [f"{memory.fixed_of('theta') / MIB:.1f}" for memory in memories],
+        f"total at batch {batch}, predicted, MiB": [f"{cells[total]:.0f}" for cells in rows],
+    }.items():
+        lines.append(f"| 5 | {symbol} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def markdown(rows: list[dict[str, Any]], columns: list[str]) -> str:
@@ -141,7 +178,7 @@ def document(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -161,14 +198,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    rows = []
+    rows, memories, widths, inverted = [], [], [], []
     for arch in args.arch:
-        for mode in args.backward if arch != "resnet18" else args.backward[:1]:
-            rows.append(row(compose(["data=synthetic", f"arch={arch}", f"backward={mode}", *args.overrides]), args))
+        for mode in args.backward if traits(arch).reversible else args.backward[:1]:
+            cfg = compose(["data=synthetic", f"arch={arch}", f"backward={mode}", *args.overrides])
+            rows.append(row(cfg, args))
+            if mode == args.backward[0]:
+                memories.append(analytic_memory(cfg, CLASSES, args.image_size))
+                inverted.append(rows[-1])
+                widths.append(cfg.width)
     text = document(rows, args)
     print(text)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / f"{args.name}.md").write_text(text)
+    (args.output / f"{args.name}_equations.md").write_text(equations(memories, inverted, widths, args.batch))
     write_csv(args.output / f"{args.name}.csv", rows)
 
 

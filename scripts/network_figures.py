@@ -6,15 +6,14 @@
     python scripts/network_figures.py precision data=imagefolder data.root=FOLDER  # a table: what 16 bit costs
 
 Each writes PNG, SVG and the numbers as CSV into docs/figures. Figures 10 and 12: width 32, 256 images, n = 0.2; lines
-are the theory of `numerics.theory` where it applies, markers measurements. Figures 11 and 13 read result.json and
-metrics.jsonl of the runs that have ended, and average over seeds.
+are the theory of `numerics.theory` where it applies, markers measurements. Figures 11 and 13 are of the runs
+that have ended, averaged over seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
@@ -39,6 +38,7 @@ from revtrain.numerics.fidelity import summarise_gradients
 from revtrain.numerics.gradients import probe_gradients
 from revtrain.numerics.snr import SNR_CEILING_DB, probe_snr
 from revtrain.numerics.theory import predict_snr_db
+from revtrain.runs.read import Epoch, gather
 
 FIGURES = Path("docs/figures")
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ HYBRID = [
 
 
 def images_of(words: Iterable[str], count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    data = load_data(compose(list(words)).data)
+    data = load_data(read(compose(list(words))).data)
     chosen = torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(0))[:count]
     return normalise(data.train.images[chosen], data.mean, data.std), data.train.labels[chosen]
 
@@ -129,49 +129,37 @@ def draw_layers(figure: int, rows: list[dict[str, Any]], depth: int) -> Figure:
 
 def read_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
     """What the figures need of every run below `folders` that was completed, or ended because it diverged."""
+    found, problems = gather(folders)
+    for problem in problems:
+        print(f"not read: {problem.path} ({problem.reason})")
     runs = []
-    for file in sorted(file for folder in folders for file in folder.rglob("result.json")):
-        try:
-            result = json.loads(file.read_text())
-            lines = [json.loads(line) for line in (file.parent / "metrics.jsonl").read_text().splitlines()]
-        except (OSError, ValueError) as error:
-            print(f"left out: {file.parent} ({error})")
+    for run in found:
+        error = (run.error or "").split("\n")[0]
+        diverged = run.status == "failed" and ("no longer finite" in error or "the loss became" in error)
+        if not (run.completed or diverged):
+            print(f"left out: {run.path} ({run.status})")
             continue
-        diverged = result.get("status") == "failed" and "no longer finite" in _first_line(result)
-        diverged |= "the loss became" in _first_line(result)
-        if result.get("status") != "completed" and not diverged:
-            print(f"left out: {file.parent} ({result.get('status')})")
-            continue
-        config = result["config"]
-        papers = config["epsilon_i"] == 0 and config["max_gain"] is None
-        probes = [line for line in lines if line.get("snr_db")]
+        config = run.config
+        papers = config.get("epsilon_i") == 0 and config.get("max_gain") is None
+        probes = [line for line in run.history if line.snr_minimum_db is not None]
+        ends = [("before", probes[0], run.first_snr_db), ("after", probes[-1], run.snr_db)] if probes else []
         runs.append({
             "experiment": config["experiment"], "depth": config["depth"], "slope": config["slope"],
             "variant": "the paper's choices" if papers else "ours", "backward": config["backward"],
             "seed": config["seed"], "diverged": diverged,
-            "accuracy": None if diverged else 100 * result["test_accuracy"],
+            "accuracy": None if diverged else 100 * run.test_accuracy,
             **{f"{name}_{when}": value
-               for when, line in _ends(probes, diverged) for name, value in _fidelity(line).items()},
+               for when, line, layers in (ends[:1] if diverged else ends)
+               for name, value in _fidelity(line, layers).items()},
         })  # fmt: skip
     return runs
 
 
-def _first_line(result: dict[str, Any]) -> str:
-    return (result.get("error") or "").split("\n")[0]
-
-
-def _ends(probes: list[dict[str, Any]], diverged: bool) -> list[tuple[str, dict[str, Any]]]:
-    ends = [("before", probes[0]), ("after", probes[-1])] if probes else []
-    return ends[:1] if diverged else ends
-
-
-def _fidelity(line: dict[str, Any]) -> dict[str, float | None]:
-    layers, gradients = line["snr_db"]["layers"], line.get("gradients") or {}
-    inputs = [db for layer, db in layers.items() if layer.count("/") == 1]
+def _fidelity(line: Epoch, layers: dict[str, float]) -> dict[str, float | None]:
     return {
-        "snr_db": line["snr_db"]["minimum"],
-        "input_snr_db": min(inputs),
-        "cosine": gradients.get("minimum_cosine"),
+        "snr_db": line.snr_minimum_db,
+        "input_snr_db": min(db for layer, db in layers.items() if layer.count("/") == 1),
+        "cosine": line.gradient_cosine,
     }
 
 

@@ -2,7 +2,8 @@
 
     python scripts/theory_figures.py                       # both, into docs/figures/fig06_* and fig07_*
     python scripts/theory_figures.py --figure 7 --elements 16777216
-    python scripts/theory_figures.py --chain               # a table: whole layer-wise networks, predicted and measured
+    python scripts/theory_figures.py --chain               # theory_chain.md: networks, predicted and measured
+    python scripts/theory_figures.py --decibels            # theory_decibels.md: what the closed forms mean in dB
 
 Lines are the closed forms of `numerics.theory`, markers experiments: Gaussian input, white noise of 1e-5 of the root
 mean square of the output, the layer's own inverse. The strip below each panel shows by how many per cent they differ.
@@ -29,6 +30,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from revtrain.conf import compose
+from revtrain.config import read
 from revtrain.data import load_data, normalise
 from revtrain.layers import CouplingConv2d, InvertibleBatchNorm2d, InvertibleLeakyReLU
 from revtrain.models import build_model
@@ -36,9 +38,12 @@ from revtrain.numerics.snr import SNR_CEILING_DB, probe_snr
 from revtrain.numerics.theory import (
     alpha_batchnorm,
     alpha_batchnorm_toy,
+    alpha_coupling,
     alpha_leakyrelu,
+    alpha_leakyrelu_symmetric,
     alpha_of,
     decibels,
+    least_alpha_batchnorm,
     measure_alpha,
     measure_alpha_leakyrelu,
     noise_gain_leakyrelu,
@@ -46,6 +51,7 @@ from revtrain.numerics.theory import (
     predict_snr_db,
     read_chain,
     rho_with_epsilon,
+    snr_cap_of_unbiased_variance,
 )
 from revtrain.optim import make_optimizer
 
@@ -256,7 +262,32 @@ def figure_7(elements: int, generator: torch.Generator) -> tuple[Figure, dict[st
     return figure, {"fig07": points}
 
 
-# ---------------------------------------------------------------- chains
+# ---------------------------------------------------------------- tables
+
+
+def decibels_table() -> str:
+    """10 log10(alpha) of the layers' closed forms at a few parameters, and the cap that the unbiased variance sets."""
+
+    def row(layer: str, name: str, values: Iterable[float | str], losses: Iterable[float], digits: int = 1) -> str:
+        shown = " / ".join(f"{decibels(alpha):.{digits}f}" for alpha in losses)
+        return f"| {layer} | {name} = {' / '.join(map(str, values))} | {shown} |"
+
+    rhos, epsilons, slopes = (1, 0.5, 0.1, 0.001), (0.05, 0.1, 0.2, 0.5), (0.5, 0.2, 0.1, 0.05, 0.001)
+    gains = {"0.005": 0.005, "1/3 (torch's initialisation)": 1 / 3, "1": 1.0, "3": 3.0, "10": 10.0}
+    values = {"8x8": 8 * 8 * 256, "32x32": 32 * 32 * 256}  # of a channel, N in Eq. 14
+    rows = [
+        row("BN, gamma = (1, rho), Eq. 19c", "rho", rhos, map(alpha_batchnorm_toy, rhos)),
+        row("BN, \\|gamma\\| <= 1, Eq. 23: the least alpha", "epsilon_i", epsilons,
+            [least_alpha_batchnorm(1.0, e) for e in epsilons]),
+        row("LeakyReLU, symmetric input, Eq. 28c", "n", slopes,
+            map(alpha_leakyrelu_symmetric, slopes)),
+        row("coupling, F and G of the same energy gain", "f = g", gains,
+            [alpha_coupling(g, g) for g in gains.values()]),
+        row("unbiased variance: the cap of the SNR", "256 images", values,
+            map(snr_cap_of_unbiased_variance, values.values()), 0),
+    ]  # fmt: skip
+    return "\n".join(["| layer | at | 10 log10 alpha, dB |", "|---|---|---|", *rows]) + "\n"
+
 
 CHAIN_HEADER = """| N | n | SGD steps | measured | white | each element | largest errors | mean alpha |
 |---|---|---|---|---|---|---|---|"""
@@ -284,9 +315,9 @@ def chain_row(depth: int, slope: float, steps: int, width: int, batch: int, seed
     torch.manual_seed(seed)
     model, twin = (build_model(compose([*overrides, f"backward={mode}"])) for mode in ("invert", "store"))
     cfg = compose([*overrides, f"data.train_images={batch * (steps + 1)}"])
-    data = load_data(cfg.data)
+    data = load_data(read(cfg).data)
     images, labels = normalise(data.train.images, data.mean, data.std), data.train.labels
-    optimizer = make_optimizer(twin.train(), cfg)
+    optimizer = make_optimizer(twin.train(), read(cfg).training)
     for step in range(1, steps + 1):
         chosen = slice(batch * step, batch * (step + 1))
         optimizer.zero_grad()
@@ -323,7 +354,8 @@ def write_csv(path: Path, points: list[Point]) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--figure", type=int, nargs="+", default=[6, 7], choices=[6, 7])
-    parser.add_argument("--chain", action="store_true", help="print the table of whole networks instead (a minute)")
+    parser.add_argument("--chain", action="store_true", help="the table of whole networks instead (a minute)")
+    parser.add_argument("--decibels", action="store_true", help="the table of the closed forms in dB instead")
     parser.add_argument("--elements", type=int, default=2**21, help="values of x in each experiment (2097152)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("docs/figures"), help="folder (docs/figures)")
@@ -332,12 +364,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None, show: Callable[[str], None] = print) -> None:
     args = parse(argv)
-    if args.chain:
-        show(CHAIN_HEADER)
-        for depth, slope, steps in CHAIN_CASES:
-            show(chain_row(depth, slope, steps, width=8, batch=32, seed=args.seed))
-        return
     args.output.mkdir(parents=True, exist_ok=True)
+    if args.decibels:
+        show(decibels_table())
+        (args.output / "theory_decibels.md").write_text(decibels_table())
+    if args.chain:
+        rows = [CHAIN_HEADER]
+        for depth, slope, steps in CHAIN_CASES:
+            rows.append(chain_row(depth, slope, steps, width=8, batch=32, seed=args.seed))
+            show(rows[-1])
+        (args.output / "theory_chain.md").write_text("\n".join(rows) + "\n")
+    if args.decibels or args.chain:
+        return
     for number, draw in ((6, figure_6), (7, figure_7)):
         if number not in args.figure:
             continue

@@ -1,6 +1,6 @@
-"""The one list of layers and the one of architectures; the tests are parametrised over them.
+"""The one list of layers, and the architectures; the tests are parametrised over them.
 
-A new layer or architecture adds its row here and is then held to everything the others are.
+A new layer adds its row here and is then held to everything the others are; a new architecture is found.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from revtrain.layers import (
     InvertibleLeakyReLU,
     PreNorm,
 )
+from revtrain.models import architectures, build_model, traits
+from revtrain.models.common import ReversibleNet
 
 
 @dataclass(frozen=True)
@@ -102,22 +104,17 @@ LAYERS = [
 @dataclass(frozen=True)
 class ArchCase:
     arch: str
-    small: tuple[str, ...] = ()  # overrides for a network that trains in a moment
-    reversible: bool = True
-    invertible_trunk: bool = True  # from the stem's output to the head's input
-    gradient_depth: int | None = None  # depth at which float64 gradients are compared; None: the default
+    small: tuple[str, ...]  # overrides for a network that trains in a moment
+    reversible: bool
+    invertible_trunk: bool  # from the stem's output to the head's input
 
 
-ARCHS = [
-    ArchCase("resnet18", ("width=4",), reversible=False, invertible_trunk=False),
-    ArchCase("revnet", ("width=8", "depth=4"), invertible_trunk=False),
-    ArchCase("irevnet", ("width=4", "depth=4", "pooling=[channel,batch]")),
-    ArchCase("layerwise", ("width=4", "depth=3")),
-    ArchCase("hybrid", ("width=8", "depth=3")),
-    ArchCase("chunked", ("width=4", "depth=3", "expansion=[1]")),
-]
-REVERSIBLE = [case for case in ARCHS if case.reversible]
-INVERTIBLE_TRUNKS = [case for case in ARCHS if case.invertible_trunk]
+def arch_case(arch: str) -> ArchCase:
+    """Narrow, and one unit a stage where depth is free: those that rebuild nothing have standard depths."""
+    reversible, stages = traits(arch).reversible, len(compose(f"arch={arch}").pooling) + 1
+    small = ("width=4", f"depth={stages}") if reversible else ("width=4",)
+    model = build_model(compose(f"arch={arch}", *small))
+    return ArchCase(arch, small, reversible, isinstance(model, ReversibleNet))
 
 
 def ids(cases) -> list[str]:
@@ -129,3 +126,8 @@ def compose(*overrides: str):
     from revtrain.conf import compose
 
     return compose(["data=synthetic", *overrides])
+
+
+ARCHS = [arch_case(arch) for arch in architectures()]
+REVERSIBLE = [case for case in ARCHS if case.reversible]
+INVERTIBLE_TRUNKS = [case for case in ARCHS if case.invertible_trunk]

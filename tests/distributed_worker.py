@@ -36,7 +36,7 @@ CASES = {
 }
 
 
-def step(name: str, team: Processes) -> dict[str, Any]:
+def step(name: str, processes: Processes) -> dict[str, Any]:
     """Loss, gradients and buffers after one forward and backward pass of this process's share of a fixed batch."""
     overrides, dtype = CASES[name]
     cfg = compose(*overrides)
@@ -47,23 +47,23 @@ def step(name: str, team: Processes) -> dict[str, Any]:
             parameter.add_(0.1 * torch.randn_like(parameter))
     images, labels = torch.randn(BATCH, 3, SIZE, SIZE, dtype=dtype), torch.randint(0, CLASSES, (BATCH,))
     images = images * torch.linspace(0.5, 2, BATCH, dtype=dtype).view(-1, 1, 1, 1)  # no two shares are alike
-    network, own = team.wrap(model), team.own(BATCH)
+    network, own = processes.wrap(model), processes.own(BATCH)
     with autocast(torch.device("cpu"), cfg.precision) if dtype == torch.float32 else nullcontext():
         loss = F.cross_entropy(network(images[own]), labels[own])
     loss.backward()
     return {
-        "loss": team.mean(loss.detach()),
+        "loss": processes.mean(loss.detach()),
         "gradients": {name: parameter.grad.clone() for name, parameter in model.named_parameters()},
         "buffers": {name: buffer.clone() for name, buffer in model.named_buffers()},
     }
 
 
-def losses(case: ArchCase, team: Processes) -> list[float]:
+def losses(case: ArchCase, processes: Processes) -> list[float]:
     """Of twenty optimizer steps at a high rate, in float64: rounding is no excuse."""
     cfg = compose(f"arch={case.arch}", *case.small)
     torch.manual_seed(0)
     model = build_model(cfg, CLASSES, SIZE).double().train()
-    network, own, optimizer = team.wrap(model), team.own(BATCH), make_optimizer(model, cfg)
+    network, own, optimizer = processes.wrap(model), processes.own(BATCH), make_optimizer(model, cfg)
     for group in optimizer.param_groups:
         group["lr"] = 0.1
     values = []
@@ -73,13 +73,13 @@ def losses(case: ArchCase, team: Processes) -> list[float]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        values.append(team.mean(loss.detach()).item())
+        values.append(processes.mean(loss.detach()).item())
     return values
 
 
 if __name__ == "__main__":
-    team = Processes.of_environment()
-    team.connect(torch.device("cpu"))
-    results = {name: step(name, team) for name in CASES} | {case.arch: losses(case, team) for case in ARCHS}
-    torch.save(results, f"{sys.argv[1]}.{team.rank}")
-    team.close()
+    processes = Processes.of_environment()
+    processes.connect(torch.device("cpu"))
+    results = {name: step(name, processes) for name in CASES} | {case.arch: losses(case, processes) for case in ARCHS}
+    torch.save(results, f"{sys.argv[1]}.{processes.rank}")
+    processes.close()

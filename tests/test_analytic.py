@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from cases import compose
 
+import revtrain.models
+from revtrain.config import own_keys, registry
 from revtrain.errors import RevtrainError
-from revtrain.memory.closed_form import Term, analytic_memory
-from revtrain.models import architectures
+from revtrain.memory.closed_form import Term
+from revtrain.models import analytic_memory, architectures
 from revtrain.planning.plan import StepPredictor
 from revtrain.planning.predict import predict_step_memory
 
@@ -101,7 +105,11 @@ def test_the_papers_numbers():
 
 def test_global_and_local_bottleneck():
     """RevNet's is what the pass keeps; iRevNet and hybrid have a local one, layer-wise and chunked none."""
-    model = {arch: analytic_memory(config(arch, "residual_scale=0.5")) for arch in architectures()}
+    scaled = [*own_keys("models")["residual_scale"]]
+    model = {
+        arch: analytic_memory(config(arch, *(["residual_scale=0.5"] if arch in scaled else [])))
+        for arch in architectures()
+    }
     for arch in ("revnet", "resnet18"):
         assert model[arch].of(bottleneck="global") > 0.7 * model[arch].bytes_per_pixel
     for arch in ("layerwise", "chunked"):
@@ -140,8 +148,16 @@ def test_the_peak_moves_with_the_batch():
     assert slope[1] == pytest.approx(model.bytes_per_pixel)
 
 
-def test_an_architecture_without_a_closed_form_is_refused():
-    cfg = compose()
+def test_an_architecture_without_a_closed_form_is_refused(tmp_path, monkeypatch):
+    """One beside the package; its file says nothing of memory."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "models" / "unheard_of.py").write_text("from revtrain.models import Traits\n\nTRAITS = Traits()\n")
+    monkeypatch.setenv(registry.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(revtrain.models, "__path__", [*revtrain.models.__path__])
+    monkeypatch.setitem(sys.modules, "revtrain.models.unheard_of", None)  # taken out again afterwards
+    del sys.modules["revtrain.models.unheard_of"]
+    cfg = compose("arch=resnet18")
     cfg.arch = "unheard_of"
     with pytest.raises(RevtrainError, match=r"unheard_of[\s\S]*fake tensors"):
         analytic_memory(cfg)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import pickle
-from types import SimpleNamespace
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
 from revtrain.conf import compose
+from revtrain.config import Training, flat, read
 from revtrain.errors import RevtrainError
 from revtrain.machine.device import make_scaler
 from revtrain.machine.files import write_atomic
@@ -26,21 +25,21 @@ def parts(seed=0):
     """A network that has taken one step, with its optimizer, scaler and data generator."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 10))
-    optimizer = make_optimizer(
-        model, SimpleNamespace(lr=0.1, momentum=0.9, weight_decay=5e-4, decay_norm_and_bias=False, max_gain=None)
-    )
+    optimizer = make_optimizer(model, Training(lr=0.1))
     model(torch.randn(4, 3, 8, 8)).square().mean().backward()
     optimizer.step()
     return model, optimizer, make_scaler(CPU, "fp32"), torch.Generator().manual_seed(seed)
 
 
 def state(epoch=1, classes=10, overrides=("batch=64",), **changes):
-    config = OmegaConf.to_container(compose(["data=synthetic"]), resolve=True) | changes
+    config = flat(read(compose(["data=synthetic"]))) | changes
     return {
         "config": config,
         "overrides": list(overrides),
         "classes": classes,
+        "data": {"classes": list(map(str, range(classes))), "image_size": 8, "mean": [0.5] * 3, "std": [0.2] * 3},
         "images": 50,
+        "processes": 1,
         "epoch": epoch,
         "partial": None,
         "best_accuracy": 0.5,
@@ -106,6 +105,26 @@ def test_a_foreign_torch_file_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "other.pt")
     with pytest.raises(RevtrainError, match="no checkpoint of this revtrain"):
         checkpoint.load(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize("version", [1, 2, 4])
+def test_a_checkpoint_of_another_version_is_refused_by_one_clear_message(tmp_path, version):
+    torch.save({**state(), "format": f"revtrain checkpoint {version}"}, tmp_path / "last.pt")
+    with pytest.raises(RevtrainError) as caught:
+        checkpoint.load(tmp_path)
+    message = str(caught.value)
+    assert f"it is a 'revtrain checkpoint {version}'" in message and "expected 'revtrain checkpoint 3'" in message
+    assert "Use the version that wrote it" in message and "train anew" in message
+    assert 2 <= len(message.splitlines()) <= 5
+
+
+@pytest.mark.parametrize("key", sorted(checkpoint.TYPES))
+def test_a_checkpoint_without_one_of_its_parts_is_refused(tmp_path, key):
+    saved = state()
+    del saved[key]
+    checkpoint.save(tmp_path / "last.pt", saved)
+    with pytest.raises(RevtrainError, match=f"incomplete: {key} missing"):
+        checkpoint.load(tmp_path)
 
 
 def test_a_text_file_is_refused(tmp_path):

@@ -299,7 +299,7 @@ def test_a_bug_in_one_job_does_not_end_the_sweep(command, monkeypatch):
     load = revtrain.data.load_data
 
     def sometimes(cfg):
-        if cfg.seed == 1:
+        if cfg.own.seed == 1:
             raise TypeError("inner workings")
         return load(cfg)
 

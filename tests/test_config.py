@@ -140,6 +140,7 @@ def test_schema_lists_nested_keys_and_their_types_in_words():
     assert set(sections()) == {"data", "data.augment", "probe"}
     assert expected("batch") == "a whole number, or auto"
     assert expected("depth") == "a whole number or null"
+    assert expected("grid_bits") == "a whole number or null"
     assert expected("lr") == "a number"
     assert expected("data.augment.flip") == "true or false"
     assert "list" in expected("pooling")

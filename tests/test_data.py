@@ -23,7 +23,16 @@ from PIL import Image
 from torch import nn
 
 from revtrain.config import AugmentConfig, DataConfig
-from revtrain.data import Split, augment, channel_statistics, draw_augmentation, load_data, normalise
+from revtrain.data import (
+    Split,
+    augment,
+    channel_statistics,
+    cifar10,
+    draw_augmentation,
+    load_data,
+    normalise,
+    synthetic,
+)
 from revtrain.errors import RevtrainError
 
 REAL_IMAGES = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10-jpeg.zip"
@@ -49,7 +58,13 @@ def assert_sound(split: Split, count: int, size: int, classes: int) -> None:
 
 # ---- load_data -------------------------------------------------------------------------------------------
 
-SMALL = DataConfig(train_images=203, test_images=100)
+SMALL = DataConfig(own=synthetic.Settings(train_images=203, test_images=100))
+
+
+def changed(cfg: DataConfig, **changes) -> DataConfig:
+    """`cfg` with other values, also of the keys that its data set alone has."""
+    own = {key: changes.pop(key) for key in list(changes) if hasattr(cfg.own, key)}
+    return replace(cfg, **changes, own=replace(cfg.own, **own))
 
 
 def test_unknown_name_lists_those_that_exist():
@@ -208,7 +223,7 @@ def test_augment_on_the_gpu_equals_the_cpu():
 
 
 def test_synthetic_is_balanced_and_deterministic_from_its_seed():
-    first, again, other = (load_data(replace(SMALL, seed=seed)) for seed in (3, 3, 4))
+    first, again, other = (load_data(changed(SMALL, seed=seed)) for seed in (3, 3, 4))
     assert_sound(first.train, 203, 32, 10)
     assert_sound(first.test, 100, 32, 10)
     assert first.image_size == 32 and len(set(first.classes)) == 10
@@ -218,7 +233,7 @@ def test_synthetic_is_balanced_and_deterministic_from_its_seed():
         assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
         assert not torch.equal(a.images, c.images)
     # the streams are disjoint: neither split depends on the length of the other
-    longer = load_data(replace(SMALL, seed=3, train_images=400))
+    longer = load_data(changed(SMALL, seed=3, train_images=400))
     assert torch.equal(longer.test.images, first.test.images)
     assert not torch.equal(first.train.images[:100], first.test.images)
 
@@ -232,12 +247,12 @@ def test_synthetic_images_have_the_size_asked_for():
 )
 def test_synthetic_refuses(change):
     key, value = next(iter(change.items()))
-    refused(replace(SMALL, **change), f"data.{key}={value}")
+    refused(changed(SMALL, **change), f"data.{key}={value}")
 
 
 @pytest.fixture(scope="module")
 def shapes():
-    return load_data(DataConfig(train_images=5000, test_images=1000))
+    return load_data(DataConfig(own=synthetic.Settings(train_images=5000, test_images=1000)))
 
 
 def fit(model, data, epochs, lr, cfg, batch=100):
@@ -412,7 +427,7 @@ def test_the_cache_defaults_to_the_users_cache_folder(cfg, tmp_path, monkeypatch
 
 
 def test_folder_root_must_be_given_and_exist(cfg, tmp_path):
-    refused(replace(cfg, root=None), "data.root=PATH", "train/CLASS/*")
+    refused(replace(cfg, root=None), "data.root=FOLDER", "train/CLASS/*")
     refused(replace(cfg, root=str(tmp_path / "none")), str(tmp_path / "none"), "test/CLASS/*")
 
 
@@ -538,13 +553,13 @@ def server(tmp_path):
 
 @pytest.fixture
 def cifar(tmp_path):
-    return DataConfig(name="cifar10", root=str(tmp_path / "cifar"))
+    return DataConfig(name="cifar10", root=str(tmp_path / "cifar"), own=cifar10.Settings())
 
 
 def test_cifar10_is_downloaded_once_and_quietly(archive, server, cifar, capfd):
     url, served, requests = server
     (served / "mirror.tar.gz").write_bytes(archive)
-    cifar = replace(cifar, url=f"{url}/mirror.tar.gz")
+    cifar = changed(cifar, url=f"{url}/mirror.tar.gz")
     first = load_data(cifar)
     assert_sound(first.train, 100, 32, 10)
     assert_sound(first.test, 20, 32, 10)
@@ -599,7 +614,7 @@ def test_cifar10_unreachable_host_names_the_three_ways_out(archive, cifar):
     with socket.socket() as probe:  # bound and not listening: the port is closed
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}/cifar.tar.gz"
-        message = refused(replace(cifar, url=url), url, "data.url=", "data=synthetic")
+        message = refused(changed(cifar, url=url), url, "data.url=", "data=synthetic")
     assert len(message.splitlines()) == 2
     assert f"{cifar.root}/cifar-10-python.tar.gz" in message
     assert not list(Path(cifar.root).iterdir())
@@ -607,7 +622,7 @@ def test_cifar10_unreachable_host_names_the_three_ways_out(archive, cifar):
 
 @pytest.mark.parametrize("path", ["/absent.tar.gz", None])
 def test_cifar10_absent_file_or_nonsense_address(archive, server, cifar, path):
-    message = refused(replace(cifar, url=server[0] + path if path else "nonsense"), "could not be downloaded")
+    message = refused(changed(cifar, url=server[0] + path if path else "nonsense"), "could not be downloaded")
     assert len(message.splitlines()) == 2
 
 
@@ -615,7 +630,7 @@ def test_cifar10_silent_host_is_given_up(archive, cifar, monkeypatch):
     monkeypatch.setattr("revtrain.data.cifar10.TIMEOUT_SECONDS", 0.2)
     before = socket.getdefaulttimeout()
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        message = refused(replace(cifar, url=f"http://127.0.0.1:{silent.getsockname()[1]}/x"), "timed out")
+        message = refused(changed(cifar, url=f"http://127.0.0.1:{silent.getsockname()[1]}/x"), "timed out")
     assert len(message.splitlines()) == 2 and socket.getdefaulttimeout() == before
 
 
@@ -623,7 +638,7 @@ def test_cifar10_silent_host_is_given_up(archive, cifar, monkeypatch):
 def test_cifar10_wrong_checksum_of_a_mirror_is_refused(archive, server, cifar, damage):
     url, served, _ = server
     (served / "mirror.tar.gz").write_bytes(damage(archive))
-    refused(replace(cifar, url=f"{url}/mirror.tar.gz"), "mirror.tar.gz", "MD5", md5(archive), "data.url=")
+    refused(changed(cifar, url=f"{url}/mirror.tar.gz"), "mirror.tar.gz", "MD5", md5(archive), "data.url=")
     assert not list(Path(cifar.root).iterdir())  # no trace of what cannot be trusted
 
 
@@ -633,7 +648,7 @@ def test_cifar10_wrong_checksum_of_a_placed_archive_is_refused_and_kept(archive,
     placed = Path(cifar.root) / "cifar-10-python.tar.gz"
     placed.parent.mkdir()
     placed.write_bytes(b"mine")
-    refused(replace(cifar, url=f"{url}/mirror.tar.gz"), str(placed), "MD5", "Remove it")
+    refused(changed(cifar, url=f"{url}/mirror.tar.gz"), str(placed), "MD5", "Remove it")
     assert placed.read_bytes() == b"mine"
 
 

@@ -23,7 +23,6 @@ import struct
 import subprocess
 import sys
 import time
-import zipfile
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,10 +97,10 @@ def at_call(monkeypatch, name, number, action):
 # second checkpoint
 KILLED_WRITING = """
 import os, signal, sys
-from revtrain import checkpoint
+from revtrain.runs import checkpoint
 import revtrain.models, revtrain.data, revtrain.planning.plan, torch.utils.tensorboard  # once for all children
 from revtrain.conf import compose
-from revtrain.train import train
+from revtrain.training.run import train
 
 folder, base = sys.argv[1], sys.argv[2:]
 
@@ -414,7 +413,7 @@ def test_sigterm_at_10_random_moments(tmp_path, server, whole_six):
 FULL_DISK = """
 import os, resource, sys
 import revtrain.data
-from revtrain.cli import main
+from revtrain.cli.train import main
 draw, calls = revtrain.data.draw_augmentation, 0
 def draw_on_a_full_disk(*args):
     global calls
@@ -638,25 +637,13 @@ def test_damaged_metrics_are_a_warning(two, caplog, text):
     assert "missing or damaged" in caplog.text
 
 
-def old_format(state, lines):
-    """The file that revtrain wrote before there was a checksum."""
-    buffer = io.BytesIO()
-    state = {key: value for key, value in state.items() if key not in ("lines", "images", "partial")}
-    torch.save({**state, "format": checkpoint.OLD_FORMAT, "history": lines}, buffer)
-    return buffer.getvalue()
-
-
-def test_the_format_without_checksum_is_still_read_and_its_damage_found(tmp_path, whole):
-    lines = read_metrics(whole)[:2]
-    content = old_format(torch.load(whole / "previous.pt", weights_only=True), lines)
-    (tmp_path / "last.pt").write_bytes(content)
-    run(tmp_path / "resumed", f"resume={tmp_path}")
-    assert_same_run(whole, tmp_path / "resumed")
-    weights = zipfile.ZipFile(io.BytesIO(content)).read("archive/data/1")
-    at = content.index(weights) + 2
-    (tmp_path / "last.pt").write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-    with pytest.raises(RevtrainError, match="its checksum is missing, or wrong"):
-        checkpoint.load(tmp_path)
+def test_the_format_without_checksum_is_refused_and_nothing_changed(tmp_path, whole, command):
+    state = torch.load(whole / "previous.pt", weights_only=True)
+    torch.save({**state, "format": "revtrain checkpoint 1", "history": read_metrics(whole)[:2]}, tmp_path / "last.pt")
+    content = (tmp_path / "last.pt").read_bytes()
+    ran = command(*BASE, f"resume={tmp_path}")
+    assert ran.code == 2 and "it is a 'revtrain checkpoint 1'" in ran.err and "train anew" in ran.err
+    assert 2 <= len(ran.err.strip().splitlines()) <= 5 and (tmp_path / "last.pt").read_bytes() == content
 
 
 # ---- hostile checkpoints -------------------------------------------------------------------------------------
@@ -860,7 +847,7 @@ def test_a_clock_that_jumps(command, monkeypatch, whole, clock):
     }[clock]
     with monkeypatch.context() as patch:
         for name in ("time", "perf_counter", "monotonic"):
-            patch.setattr(train.time, name, tick)
+            patch.setattr(time, name, tick)
         ran = command(*BASE)
     assert ran.code == 0, ran.err
     assert_same_run(whole, ran.dir)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from cases import compose
 
+from revtrain.config import read
 from revtrain.core.chain import InvertibleChain
 from revtrain.data import load_data, normalise
-from revtrain.models import build_model
-from revtrain.numerics.fidelity import TRUSTED_COSINE, FidelityWatch, summarise_gradients, trusted
+from revtrain.models import architectures, build_model, traits
+from revtrain.numerics.fidelity import TRUSTED_COSINE, FidelityWatch, remedies, summarise_gradients, trusted
 from revtrain.numerics.gradients import GradientFidelity, compare, probe_gradients
 from revtrain.numerics.probing import loss_gradients
 from revtrain.numerics.snr import probe_snr
@@ -22,7 +23,7 @@ from revtrain.training.run import train
 
 @pytest.fixture(scope="module")
 def batch():
-    data = load_data(compose("data.train_images=32", "data.test_images=10").data)
+    data = load_data(read(compose("data.train_images=32", "data.test_images=10")).data)
     return normalise(data.train.images, data.mean, data.std), data.train.labels
 
 
@@ -48,7 +49,7 @@ def test_training_does_not_take_the_snr_away(batch):
     found = {}
     for words in ((), PAPER):
         model, cfg = network("backward=store", "lr=0.1", *words)
-        optimizer = make_optimizer(model, cfg)
+        optimizer = make_optimizer(model, read(cfg).training)
         for _ in range(15):
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
@@ -121,7 +122,8 @@ def line(cosine):
 
 def test_the_user_is_told_once_what_to_change(caplog):
     caplog.set_level(logging.WARNING)
-    watch = FidelityWatch(compose("arch=layerwise", "depth=9", "norm_sign=positive", "max_gain=null"))
+    config = read(compose("arch=layerwise", "depth=9", "norm_sign=positive", "max_gain=null"))
+    watch = FidelityWatch(config.network)
     watch.look(line(TRUSTED_COSINE + 0.01))
     assert not caplog.records
     watch.look(line(0.4))
@@ -131,6 +133,30 @@ def test_the_user_is_told_once_what_to_change(caplog):
                      "slope (now 0.2)", "epsilon_i (now 0.1)", "depth (now 9)", "arch=hybrid"):  # fmt: skip
         assert fragment in record.getMessage()
     assert len(record.getMessage().splitlines()) <= 5
+
+
+def remedies_of(*overrides):
+    return remedies(read(compose(*overrides)).network)
+
+
+def test_advice_is_what_an_architecture_knows_of_itself():
+    assert remedies_of("arch=layerwise", "depth=9", "norm_sign=negative", "slope=0.5") == [
+        "a larger epsilon_i (now 0.1)", "a smaller depth (now 9)", "arch=hybrid",
+    ]  # fmt: skip
+    assert "norm_sign=negative" in remedies_of("arch=layerwise", "norm_sign=mixed")
+    hybrid = remedies_of("arch=hybrid", "stream=plain", "precision=bf16")
+    assert hybrid[0] == "stream=auto" and {"max_gain=1", "precision=fp32", "arch=chunked"} <= set(hybrid)
+    assert remedies_of("arch=revnet", "stream=plain") == ["stream=auto"]
+
+
+@pytest.mark.parametrize("arch", architectures())
+def test_advised_architectures_have_less_noise(arch):
+    levels = ["nowhere", "in blocks", "along the chain"]
+    advised = [each.removeprefix("arch=") for each in remedies_of(f"arch={arch}") if each.startswith("arch=")]
+    assert all(traits(each).reversible for each in advised)
+    assert all(levels.index(traits(each).noise) < levels.index(traits(arch).noise) for each in advised)
+    assert bool(advised) is (traits(arch).noise != "nowhere")
+    assert remedies_of(f"arch={arch}"), "there is always something to do"
 
 
 def test_a_comparison_that_does_not_fit_into_memory_is_left_out(tmp_path, monkeypatch, caplog):

@@ -16,7 +16,8 @@ from revtrain.errors import RevtrainError
 from revtrain.models import build_model
 from revtrain.numerics.snr import probe_snr
 from revtrain.planning.predict import predict_step_memory
-from revtrain.runs.writer import FIGURES, LINE_KEYS, RunWriter
+from revtrain.runs.dashboard import FIGURES
+from revtrain.runs.writer import LINE_KEYS, RunWriter
 
 needs_matplotlib = pytest.mark.skipif(not figures.available(), reason="the extra figures is not installed")
 SNR = {"trunk/00_CouplingConv2d": 80.0, "trunk/01_InvertibleBatchNorm2d": 95.5, "trunk/02_InvertibleLeakyReLU": 101.0}
@@ -110,14 +111,14 @@ def test_the_confusion_matrix_counts():
 @needs_matplotlib
 def test_the_event_file_of_a_long_run_holds_few_figures(tmp_path):
     config = OmegaConf.to_container(compose([*TINY, "epochs=300"]), resolve=True)
-    report = RunWriter(tmp_path, config, [])
-    report.result["bytes_per_pixel"] = 100.0
+    writer = RunWriter(tmp_path, config, [])
+    writer.result["bytes_per_pixel"] = 100.0
     memory = predict_step_memory(compose([*TINY]), 10, 32, 16)
-    report.start([], memory.timeline)
+    writer.start([], memory.timeline)
     snr = {"minimum": 80.0, "minimum_layer": "a", "layers": dict(reversed(SNR.items()))}
     for epoch in range(301):
-        report.epoch({**dict.fromkeys(LINE_KEYS), "epoch": epoch, "snr_db": snr})
-    report.finish("completed")
+        writer.epoch({**dict.fromkeys(LINE_KEYS), "epoch": epoch, "snr_db": snr})
+    writer.finish("completed")
     events = EventAccumulator(str(tmp_path), {"images": 0}).Reload()
     assert set(events.Tags()["images"]) == {"snr_db/profile", "memory/timeline"}
     steps = [each.step for each in events.Images("snr_db/profile")]

@@ -47,7 +47,7 @@ def save_network(folder, overrides=(), **changes):
         "epoch": 3,
         "model": model.state_dict(),
         # what inference has no use for
-        **{"overrides": [], "images": 0, "partial": None, "optimizer": {}, "scaler": {}, "rng": {}},
+        **{"overrides": [], "images": 0, "processes": 1, "partial": None, "optimizer": {}, "scaler": {}, "rng": {}},
         **{"best_accuracy": 0.0, "lines": 0},
         **changes,
     }
@@ -184,7 +184,7 @@ def image_folder(trained_run, tmp_path):
     """The test images of that run as files CLASS/NUMBER.png."""
     folder, _ = trained_run
     trained = restore(folder)
-    test = load_data(trained.cfg.data).test
+    test = load_data(trained.config.data).test
     for number, (image, label) in enumerate(zip(test.images, test.labels.tolist(), strict=True)):
         path = tmp_path / "images" / trained.classes[label] / f"{number:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -215,7 +215,7 @@ def test_the_accuracy_is_the_runs_own(trained_run, tmp_path, capsys):
 
     # a row is a true class, a column a predicted one
     trained = restore(folder)
-    test = load_data(trained.cfg.data).test
+    test = load_data(trained.config.data).test
     with torch.no_grad():
         predicted = trained.model(normalise(test.images, trained.mean, trained.std)).argmax(1)
     for label, guess in zip(test.labels.tolist(), predicted.tolist(), strict=True):
@@ -243,7 +243,7 @@ def test_predictions_of_a_folder(trained_run, image_folder, tmp_path, capsys):
     assert len(rows) == 42 and "wide.jpg" in out and "note.txt" not in out
 
     trained = restore(folder)
-    test = load_data(trained.cfg.data).test
+    test = load_data(trained.config.data).test
     probabilities = trained.logits(test.images).softmax(1)
     for row in rows:
         if "wide" not in row["file"] and row["rank"] == "1":
@@ -291,14 +291,12 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, capsys):
         assert "does not fit together" in refused(capsys)
 
 
-def test_an_older_checkpoint_takes_its_classes_from_its_data(trained_run, tmp_path, capsys):
-    folder, result = trained_run
-    state = checkpoint.load(folder)
-    for key in ("data", "path", "history"):  # the latter two are not in the file
-        del state[key]
-    checkpoint.save(tmp_path / "last.pt", state)
-    assert evaluate_main([str(tmp_path)]) == 0
-    assert f"accuracy {100 * result['test_accuracy']:.2f} %" in capsys.readouterr().out
+def test_a_checkpoint_of_another_version_is_refused(tmp_path, capsys):
+    save_network(tmp_path, ["arch=layerwise", "width=4", "depth=2", "pooling=[]"])
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    torch.save({**state, "format": "revtrain checkpoint 2"}, tmp_path / "last.pt")
+    assert evaluate_main([str(tmp_path)]) == 2
+    assert "'revtrain checkpoint 2', of another version" in refused(capsys)
 
 
 def test_without_matplotlib_the_picture_says_how_to_get_it(trained_run, tmp_path, monkeypatch, capsys):
@@ -309,7 +307,7 @@ def test_without_matplotlib_the_picture_says_how_to_get_it(trained_run, tmp_path
 
 def test_help_answers_without_torch():
     code = (
-        "import sys\nfrom revtrain.inference import command\n"
+        "import sys\nfrom revtrain.cli import inference as command\n"
         "for main in (command.evaluate_main, command.export_main):\n"
         "    try: main(['--help'])\n    except SystemExit: pass\n"
         "assert 'torch' not in sys.modules and 'hydra' not in sys.modules"

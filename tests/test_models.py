@@ -1,16 +1,22 @@
 """Every architecture: built from the config, both backward modes alike, memory flat over depth, clear refusals."""
 
+import ast
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from cases import ARCHS, INVERTIBLE_TRUNKS, REVERSIBLE, compose, ids
 
+import revtrain.conf
 from revtrain.core.chain import InvertibleChain
 from revtrain.errors import RevtrainError
-from revtrain.models import architectures, build_model
-from revtrain.models.common import spread_depth
+from revtrain.models import architectures, build_model, spread_depth
 from revtrain.planning.predict import predict_step_memory
+
+ROOT = Path(revtrain.__file__).parent
 
 
 def small(case, *overrides):
@@ -49,6 +55,36 @@ def train_step(model, dtype, size=8):
 
 def test_the_list_of_architectures_is_complete():
     assert sorted(case.arch for case in ARCHS) == architectures() == sorted(architectures())
+    files = {path.stem for path in (ROOT / "models").glob("*.py")} - {"__init__", "common"}
+    assert set(architectures()) == files
+    assert files <= {path.stem for path in Path(revtrain.conf.__file__).parent.glob("arch/*.yaml")}
+
+
+def words_of_code(path):
+    """(line, identifier or string) of a file; docstrings and comments are left out."""
+    tree = ast.parse(path.read_text())
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.body and isinstance(node.body[0], ast.Expr)
+    }  # fmt: skip
+    for node in ast.walk(tree):
+        if id(node) in docstrings:
+            continue
+        for _, value in ast.iter_fields(node):  # names are plain strings in the tree, whatever the kind of node
+            for word in value if isinstance(value, list) else [value]:
+                if isinstance(word, str):
+                    yield getattr(node, "lineno", 0), word
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_but_its_own_names_an_architecture(path):
+    """Architectures are found: by the registry, by their traits, by what their files offer."""
+    others = [name for name in architectures() if path != ROOT / "models" / f"{name}.py"]
+    name = re.compile(rf"\b({'|'.join(others)})\b")
+    found = [f"{path.name}:{line}: {word!r}" for line, word in words_of_code(path) if name.search(word)]
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize("case", ARCHS, ids=ids(ARCHS))

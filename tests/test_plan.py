@@ -8,7 +8,8 @@ from cases import ARCHS, compose, ids
 from conftest import TINY, read_checkpoint, read_metrics, read_result
 
 import revtrain.data
-from revtrain.config import parse_memory, read
+import revtrain.planning.plan
+from revtrain.config import parse_memory, read, registry
 from revtrain.core.pieces import batch_pieces
 from revtrain.errors import RevtrainError
 from revtrain.machine import device as devices
@@ -118,10 +119,12 @@ def check_the_quick_prediction(*words, arch, small, batches):
         assert quick.optimizer == full.optimizer
 
 
-@pytest.mark.parametrize("arch", ["chunked", "layerwise"])
-def test_the_quick_prediction_holds_where_weights_dominate(arch):
-    """Wide stages: which gradients exist at the peak decides, so the layer that stands for all must be the last."""
-    cfg = compose(f"arch={arch}", "width=16", "depth=4", "pooling=[channel]", "expansion=[1]", "chunk_mib=0.01")
+@pytest.mark.parametrize(
+    "words", [("arch=chunked", "expansion=[1]"), ("arch=layerwise",)], ids=["chunked", "layerwise"]
+)
+def test_the_quick_prediction_holds_where_weights_dominate(words):
+    """Wide stages: which gradients exist at the peak decides, so the layer that stands for all must be the first."""
+    cfg = compose(*words, "width=16", "depth=4", "pooling=[channel]", "chunk_mib=0.01")
     assert StepPredictor(cfg, 10, 8)(24).peak == pytest.approx(full_step(cfg, 24, 8).peak, rel=0.003)
 
 
@@ -257,10 +260,10 @@ def test_on_cuda_the_optimizer_copies_the_gradients(card):
 
 
 def test_the_allocator_is_capped_as_the_limit_says(card):
-    cap_memory(compose("memory_limit=2GiB"), CUDA)
-    cap_memory(compose("memory_limit=100GiB"), CUDA)
-    cap_memory(compose(), CUDA)  # the next job of a sweep
-    cap_memory(compose("memory_limit=2GiB"), CPU)
+    cap_memory("2GiB", CUDA)
+    cap_memory("100GiB", CUDA)
+    cap_memory(None, CUDA)  # the next job of a sweep
+    cap_memory("2GiB", CPU)
     assert card == [0.25, 1.0, 1.0]
 
 
@@ -312,6 +315,17 @@ def test_a_run_that_stores_is_told_to_invert():
     plan = make_plan(compose(*words, "memory_limit=300MiB"), CPU, 10, 32, 10_000)
     assert any(each.startswith("backward=invert (about ") for each in plan.alternatives)
     assert any(each.startswith("arch=layerwise width=32 backward=invert (about ") for each in plan.alternatives)
+
+
+def test_an_alternative_has_what_its_yaml_sets_and_its_own_defaults(tmp_path, monkeypatch):
+    (tmp_path / "conf/arch").mkdir(parents=True)
+    (tmp_path / "conf/arch/wide.yaml").write_text("defaults: [chunked, _self_]\nwidth: 96\nexpansion: [1]\n")
+    monkeypatch.setenv(registry.VARIABLE, str(tmp_path))
+    assert registry.preset("arch", "wide")["depth"] == registry.preset("arch", "chunked")["depth"]
+    assert registry.preset("arch", "wide")["width"] == 96 and registry.preset("arch", "absent") == {}
+    before = read(compose("arch=hybrid", "residual_scale=0.1", "precision=bf16", "backward=store")).network
+    other = revtrain.planning.plan._as_its_yaml_has_it("chunked", before)
+    assert other == read(compose("arch=chunked", "precision=bf16")).network
 
 
 def test_where_no_batch_fits_the_weights_are_to_blame(refusal, tmp_path):

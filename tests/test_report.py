@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints, is_typeddict
 
 import pytest
-from conftest import read_metrics, read_result
+from conftest import TINY, read_checkpoint, read_metrics, read_result
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
@@ -15,6 +17,8 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from revtrain.conf import compose
 from revtrain.errors import RevtrainError
+from revtrain.machine.files import LOCK
+from revtrain.runs import checkpoint, schema
 from revtrain.runs.writer import LINE_KEYS, RunWriter, new_result, write_result
 
 CONFIG = OmegaConf.to_container(compose(["data=synthetic", "depth=4"]), resolve=True)
@@ -36,14 +40,14 @@ def trained(epoch, accuracy, **measured):
 
 @pytest.fixture
 def finished(tmp_path):
-    report = RunWriter(tmp_path, CONFIG, ["depth=4"])
-    report.result.update(params=1234, bytes_per_pixel=352.0)
-    report.start([])
-    report.epoch(line(0, step=0, snr_db=SNR))
-    report.epoch(trained(1, 0.7, peak_vram_mib={"allocated": 20.0, "reserved": 32.0}))
-    report.epoch(trained(2, 0.6, snr_db=SNR, gradients=GRADIENTS, peak_vram_mib={"allocated": 18.0, "reserved": 40.0}))
-    report.finish("completed")
-    return report
+    writer = RunWriter(tmp_path, CONFIG, ["depth=4"])
+    writer.result.update(params=1234, bytes_per_pixel=352.0)
+    writer.start([])
+    writer.epoch(line(0, step=0, snr_db=SNR))
+    writer.epoch(trained(1, 0.7, peak_vram_mib={"allocated": 20.0, "reserved": 32.0}))
+    writer.epoch(trained(2, 0.6, snr_db=SNR, gradients=GRADIENTS, peak_vram_mib={"allocated": 18.0, "reserved": 40.0}))
+    writer.finish("completed")
+    return writer
 
 
 def test_result_sums_up_the_lines(finished, tmp_path):
@@ -118,24 +122,24 @@ def test_the_dashboard_opens_on_a_layout(finished, tmp_path):
 
 
 def test_what_is_not_finite_becomes_null(tmp_path):
-    report = RunWriter(tmp_path, CONFIG, [])
-    report.start([])
-    report.epoch(trained(1, 0.5, loss_test=math.inf, loss_train=math.nan))
-    report.finish("completed")
+    writer = RunWriter(tmp_path, CONFIG, [])
+    writer.start([])
+    writer.epoch(trained(1, 0.5, loss_test=math.inf, loss_train=math.nan))
+    writer.finish("completed")
     assert read_metrics(tmp_path)[0]["loss_test"] is None and read_metrics(tmp_path)[0]["loss_train"] is None
     write_result(tmp_path, {"a": [math.nan, {"b": -math.inf}]})
     assert json.loads((tmp_path / "result.json").read_text()) == {"a": [None, {"b": None}]}
 
 
 def test_without_cuda_the_peak_is_null_and_the_table_says_so(tmp_path):
-    report = RunWriter(tmp_path, CONFIG, [])
-    report.result.update(params=1234, bytes_per_pixel=352.0)
-    report.start([])
-    report.epoch(trained(1, 0.5))
-    report.finish("completed")
+    writer = RunWriter(tmp_path, CONFIG, [])
+    writer.result.update(params=1234, bytes_per_pixel=352.0)
+    writer.start([])
+    writer.epoch(trained(1, 0.5))
+    writer.finish("completed")
     assert read_result(tmp_path)["peak_vram_mib"] is None
     assert read_result(tmp_path)["snr_db"] is None
-    assert "no CUDA" in report.table() and "not measured" in report.table()
+    assert "no CUDA" in writer.table() and "not measured" in writer.table()
 
 
 def test_the_table_says_it_all(finished, tmp_path):
@@ -153,24 +157,65 @@ def test_the_table_says_it_all(finished, tmp_path):
 
 
 def test_a_failure_is_written_with_its_error(tmp_path):
-    report = RunWriter(tmp_path, CONFIG, [])
-    report.finish("failed", RevtrainError("two\nlines"))
+    writer = RunWriter(tmp_path, CONFIG, [])
+    writer.finish("failed", RevtrainError("two\nlines"))
     assert read_result(tmp_path)["error"] == "two\nlines"
     assert read_result(tmp_path).keys() == new_result(CONFIG, []).keys()
-    report.finish("failed", TypeError("inner"))
+    writer.finish("failed", TypeError("inner"))
     assert read_result(tmp_path)["error"] == "TypeError: inner"
 
 
 def test_a_continued_run_starts_with_the_earlier_lines(finished, tmp_path):
     folder = tmp_path / "continued"
     folder.mkdir()
-    report = RunWriter(folder, CONFIG, [])
-    report.start(read_metrics(tmp_path))
-    report.epoch(trained(3, 0.8))
-    report.finish("completed")
+    writer = RunWriter(folder, CONFIG, [])
+    writer.start(read_metrics(tmp_path))
+    writer.epoch(trained(3, 0.8))
+    writer.finish("completed")
     assert [each["epoch"] for each in read_metrics(folder)] == [0, 1, 2, 3]
     assert read_metrics(folder)[:3] == read_metrics(tmp_path)
     result = read_result(folder)
     assert (result["best_test_accuracy"], result["train_seconds"]) == (0.8, 6.0)
     events = EventAccumulator(str(folder)).Reload()
     assert [each.step for each in events.Scalars("accuracy/test")] == [1, 2, 3]
+
+
+# ---- the schema ----------------------------------------------------------------------------------
+
+
+def differences(value, hint, at=""):
+    """Where `value` is not of the type that the schema states."""
+    if get_origin(hint) is Literal:
+        return [] if value in get_args(hint) else [f"{at}: {value!r}"]
+    if isinstance(hint, UnionType):
+        return min((differences(value, each, at) for each in get_args(hint)), key=len)
+    if is_typeddict(hint):
+        if not isinstance(value, dict) or value.keys() != (hints := get_type_hints(hint)).keys():
+            return [f"{at}: the keys of {hint.__name__}"]
+        return [found for key, each in hints.items() for found in differences(value[key], each, f"{at}.{key}")]
+    if get_origin(hint) in (dict, list) and isinstance(value, get_origin(hint)):
+        each = get_args(hint)[-1]
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return [] if each is Any else [found for key, item in items for found in differences(item, each, f"{at}.{key}")]
+    kind = (int, float) if hint is float else get_origin(hint) or hint
+    return [] if isinstance(value, kind) and not (kind is int and isinstance(value, bool)) else [f"{at}: {value!r}"]
+
+
+def test_a_run_leaves_what_the_schema_states(command):
+    ran = command(*TINY)
+    assert differences(ran.result, schema.Result) == []
+    assert list(ran.result) == list(schema.RESULT_KEYS)
+    for each in read_metrics(ran.dir):
+        assert differences(each, schema.Line) == []
+    state = read_checkpoint(ran.dir)
+    assert state.pop("format") == checkpoint.FORMAT
+    assert differences(state, schema.Checkpoint) == []
+    stated = {schema.HYDRA, schema.LOG, LOCK, schema.METRICS, schema.RESULT, schema.CHECKPOINT, schema.PREVIOUS}
+    others = {path.name for path in ran.dir.iterdir()} - stated
+    assert {str(ran.dir / name) for name in others} == set(map(str, ran.dir.glob(schema.EVENTS)))
+    assert (ran.dir / schema.CONFIG).is_file()
+
+
+def test_a_plan_and_a_refused_run_leave_a_result_of_the_schema(command):
+    assert differences(command(*TINY, "plan=true").result, schema.Result) == []
+    assert differences(command("depth=0").result, schema.Result) == []

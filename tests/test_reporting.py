@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 
 from revtrain.cli.report import main
 from revtrain.conf import compose
+from revtrain.config import flat, read
 from revtrain.numerics.snr import SNR_CEILING_DB
 from revtrain.report.group import group_runs, pareto
 from revtrain.report.page import EXACT_DB, STYLE, page
@@ -36,7 +37,7 @@ LAYERS = {"trunk/2": 140.0, "trunk/1": 130.0, "trunk/0": 90.0}  # as the backwar
 
 @functools.cache
 def composed(*overrides):
-    return OmegaConf.to_container(compose(["data=synthetic", "epochs=3", *overrides]), resolve=True)
+    return flat(read(compose(["data=synthetic", "epochs=3", *overrides])))
 
 
 def write_run(folder, *overrides, accuracy=0.9, rate=100.0, status="completed", epochs=3, result=True, **values):
@@ -341,8 +342,33 @@ def test_settings_are_what_tells_configurations_of_an_architecture_apart(tmp_pat
     write_run(tmp_path / "b", "arch=layerwise", "depth=4", "slope=0.2")
     write_run(tmp_path / "c", "arch=hybrid")
     groups = groups_of(tmp_path)
-    assert [each.label for each in groups] == ["layerwise depth=4 slope=0.2", "layerwise depth=10 slope=0.05", "hybrid"]
+    assert [each.label for each in groups] == ["hybrid", "layerwise depth=4 slope=0.2", "layerwise depth=10 slope=0.05"]
     assert [each.number for each in groups] == [1, 2, 3]
+
+
+def test_runs_of_before_are_read_and_grouped_with_those_of_now(tmp_path):
+    """They recorded the keys of all architectures, and not those that came later."""
+    write_run(tmp_path / "now", "arch=layerwise", "seed=0")
+    folder = write_run(tmp_path / "before", "arch=layerwise", "seed=1")
+    result = json.loads((folder / "result.json").read_text())
+    result["config"] |= {"expansion": [], "hidden_chunk": 8, "residual_scale": 1.0, "stream": "auto", "norm": "input"}
+    del result["config"]["chunk_mib"]
+    (folder / "result.json").write_text(json.dumps(result))
+    groups = groups_of(tmp_path)
+    assert [(each.label, len(each.counted)) for each in groups] == [("layerwise", 2)]
+    assert "expansion" not in groups[0].runs[0].config and "expansion" not in groups[0].runs[1].config
+
+
+def test_an_architecture_that_is_no_longer_there_is_shown_with_a_colour_of_its_own(tmp_path):
+    write_run(tmp_path / "known", "arch=hybrid")
+    folder = write_run(tmp_path / "gone", "arch=hybrid")
+    result = json.loads((folder / "result.json").read_text())
+    result["config"]["arch"] = result["arch"] = "axolotl"
+    (folder / "result.json").write_text(json.dumps(result))
+    gone, known = groups_of(tmp_path)
+    assert (gone.arch, known.arch) == ("axolotl", "hybrid") and gone.colour != known.colour
+    text = page([gone, known], [], [])
+    assert all(f"var(--c{group.colour})" in text for group in (gone, known)) and "axolotl" in text
 
 
 def test_compute_overhead_is_the_step_time_over_that_of_store(sweep, tmp_path):
@@ -498,7 +524,7 @@ def test_the_front_rings_the_configurations_that_nothing_beats(sweep):
     marks = [group for group in chart.iter("g") if group.find("circle[@class='mark']") is not None]
     ringed = {group.find("circle/title").text.split(":")[0] for group in marks if len(group.findall("circle")) == 2}
     # layerwise (80.5 % at 270), hybrid (85 % at 400), layerwise that stores (90 % at 2,700)
-    assert ringed == {"1. layerwise backward=invert", "2. layerwise backward=store", "3. hybrid depth=6"}
+    assert ringed == {"4. layerwise backward=invert", "5. layerwise backward=store", "1. hybrid depth=6"}
     hollow = [each.find("title").text for each in chart.iter("circle") if each.get("class") == "mark hollow"]
     assert len(hollow) == 1 and "depth=9" in hollow[0] and "failed" in hollow[0]
 
@@ -507,8 +533,8 @@ def test_curves_and_profiles_hold_the_values(sweep):
     text = page(groups_of(sweep), [], [])
     assert "epoch 3: 81, test, seed 1" in text and "epoch 3: 1.1, test, seed 0" in text
     assert "epoch 1: 26.67, train, seed 0" in text
-    assert "trunk/0: 90.0 dB, 1. layerwise backward=invert, seed 0" in text
-    assert "epoch 0: 90.0 dB, 3. hybrid depth=6, seed 1" in text
+    assert "trunk/0: 90.0 dB, 4. layerwise backward=invert, seed 0" in text
+    assert "epoch 0: 90.0 dB, 1. hybrid depth=6, seed 1" in text
 
 
 def test_exact_and_lost_reconstructions_have_ticks_of_their_own(tmp_path):

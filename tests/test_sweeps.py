@@ -23,7 +23,7 @@ from revtrain.report.group import group_runs
 from revtrain.runs import sweeps
 from revtrain.runs.read import RUNNING, gather
 
-EPOCH = re.compile(r"revtrain\.train: epoch +(\d+)/")
+EPOCH = re.compile(r"revtrain\.training\.\w+: epoch +(\d+)/")
 
 
 def jobs(folder="outputs/sweeps"):
@@ -58,6 +58,8 @@ def test_the_fingerprint_counts_what_decides_a_result():
     plain = mark("depth=4")
     assert re.fullmatch("[0-9a-f]{8}", plain)
     for same in ("device=cpu", "data.root=elsewhere", "resume=a/run", "data.cache=there", "slope=0.20"):
+        assert mark("depth=4", same) == plain, same
+    for same in ("epsilon_i=0.1", "stream=auto", "data.train_limit=null"):  # defaults
         assert mark("depth=4", same) == plain, same
     for other in ("depth=5", "seed=1", "epochs=3", "plan=true", "data.augment.pad=2", "data.train_limit=100"):
         assert mark("depth=4", other) != plain, other
@@ -201,7 +203,7 @@ def test_two_processes_never_take_the_same_job(command, monkeypatch):
 
 def test_a_lock_ends_with_its_process(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from revtrain import sweeps;"
+        "import sys; from pathlib import Path; from revtrain.runs import sweeps;"
         "held = sweeps.claim(Path(sys.argv[1])); held.__enter__(); print(1); input()"
     )
     other = subprocess.Popen(

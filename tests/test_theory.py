@@ -13,6 +13,7 @@ import torch
 from cases import compose
 from torch import Tensor, nn
 
+from revtrain.config import read
 from revtrain.core.chain import observe
 from revtrain.data import load_data, normalise
 from revtrain.errors import RevtrainError
@@ -324,7 +325,7 @@ def test_prediction_agrees_with_the_probe(overrides, dtype):
 
 
 def drawn_images() -> tuple[Tensor, Tensor]:
-    data = load_data(compose("data=synthetic", "data.train_images=32").data)
+    data = load_data(read(compose("data=synthetic", "data.train_images=32")).data)
     return normalise(data.train.images, data.mean, data.std), data.train.labels
 
 

@@ -6,6 +6,7 @@ import errno
 import logging
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,12 +25,14 @@ import revtrain.models
 import revtrain.numerics.snr
 import revtrain.planning.predict
 from revtrain.conf import compose
+from revtrain.config import read
 from revtrain.errors import RevtrainError
 from revtrain.machine import device as devices
 from revtrain.machine import files
 from revtrain.optim import learning_rate, make_optimizer
 from revtrain.runs.writer import LINE_KEYS
 from revtrain.training import run as train
+from revtrain.training.forecast import Forecast, in_words
 
 HYBRID = (*TINY, "arch=hybrid", "depth=1", "width=8")
 
@@ -101,7 +104,7 @@ def test_metrics_have_one_line_an_epoch_with_the_same_keys(hybrid):
 def test_the_last_checkpoint_gives_the_reported_accuracy(hybrid):
     result, folder = hybrid
     cfg = compose(HYBRID)
-    data = revtrain.data.load_data(cfg.data)
+    data = revtrain.data.load_data(read(cfg).data)
     model = revtrain.models.build_model(cfg, 10, 32)
     model.load_state_dict(read_checkpoint(folder)["model"])
     model.eval()
@@ -167,7 +170,7 @@ def test_the_probe_does_not_change_the_training(tmp_path):
 KILLED = """
 import os, signal, sys
 import revtrain.data
-from revtrain.cli import main
+from revtrain.cli.train import main
 draw, calls = revtrain.data.draw_augmentation, 0
 def draw_then_die(*args):
     global calls
@@ -313,13 +316,13 @@ def breaking(monkeypatch, step, how):
     """Put `Breaking` in place of every architecture; the list of those built."""
     built = []
 
-    def build(cfg, classes, image_size):
+    def build(network, images):
         built.append(Breaking(step, how))
         return built[-1]
 
     memory = SimpleNamespace(timeline=None, peak_bytes=1000, parameter_bytes=1, gradient_bytes=1, optimizer_bytes=1,
                              activation_bytes=1, bytes_per_pixel=1.0)  # fmt: skip
-    monkeypatch.setattr(revtrain.models, "build_model", build)
+    monkeypatch.setattr(revtrain.models, "build", build)
     monkeypatch.setattr(revtrain.planning.predict, "predict_step_memory", lambda *args: memory)
     monkeypatch.setattr(revtrain.numerics.snr, "probe_snr", lambda *args: {})
     return built
@@ -371,7 +374,7 @@ def test_out_of_memory_says_which_batch_would_fit(tmp_path, monkeypatch):
         image_size=32,
     )
     monkeypatch.setattr(revtrain.data, "load_data", lambda cfg: large)
-    monkeypatch.setattr(train, "_fit", no_memory)
+    monkeypatch.setattr(train, "Run", no_memory)
     monkeypatch.setattr(revtrain.planning.predict, "predict_step_memory", linear)
     monkeypatch.setattr(devices, "available_bytes", lambda device: 1024 * devices.MIB)
     with pytest.raises(RevtrainError) as caught:
@@ -383,6 +386,9 @@ def test_out_of_memory_says_which_batch_would_fit(tmp_path, monkeypatch):
     assert "backward=invert" in message
     assert 2 <= len(message.splitlines()) <= 5
     assert read_result(tmp_path / "some")["error"] == message
+
+    with pytest.raises(RevtrainError, match=r"At batch=2048 would fit: arch=\w+ width=32 \(about"):
+        run(tmp_path / "baseline", "batch=2048", "arch=resnet18", "depth=18", "pooling=[stride,stride,stride]")
 
     monkeypatch.setattr(devices, "available_bytes", lambda device: 101 * devices.MIB)
     with pytest.raises(RevtrainError, match="No batch fits"):
@@ -438,6 +444,75 @@ def test_an_absent_device_is_refused_with_those_present(tmp_path, monkeypatch):
     ):
         run(tmp_path, "device=cuda:1")
     assert devices.choose_device("auto") == devices.choose_device("cuda") == torch.device("cuda:0")
+
+
+# ---- how long it will take -----------------------------------------------------------------------------
+
+
+def seconds_said(text):
+    """ "3 min 40 s" -> 220."""
+    return sum(int(number) * {"s": 1, "min": 60, "h": 3600}[unit] for number, unit in re.findall(r"(\d+) (\w+)", text))
+
+
+def test_a_run_says_in_its_first_epoch_how_long_it_will_take(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+
+    def said(*overrides):
+        caplog.clear()
+        run(tmp_path / f"{len(overrides)}", *overrides)
+        lines = [each.getMessage() for each in caplog.records]
+        (forecast,) = [each for each in lines if each.startswith("time ")]
+        first_epoch = next(each for each in lines if each.startswith("epoch "))
+        assert lines.index(forecast) < lines.index(first_epoch)
+        form = r"time       about (.+) for ((?:the rest of )?\d+ epochs), evaluation and probes included"
+        duration, what = re.fullmatch(form, forecast).groups()
+        assert seconds_said(duration) > 0
+        return what
+
+    assert said() == "2 epochs"
+    assert said("epochs=4", f"resume={tmp_path / '0'}") == "the rest of 4 epochs"
+
+
+@pytest.fixture
+def forecast(caplog):
+    """Of 100 steps, evaluations worth 20, and 3 probes of 2 seconds: 126 seconds, where a step takes one."""
+    caplog.set_level(logging.INFO)
+    ahead = {"steps": 100, "evaluation_steps": 20.0, "probes": 3, "probe_steps": 4.0, "probe_seconds": 2.0}
+    return lambda **other: Forecast(**ahead | {"what": "7 epochs"} | other)
+
+
+def test_the_first_step_warms_up_and_is_not_counted(forecast, caplog):
+    timed = forecast()
+    timed.begin(0, 0.0)
+    for step in range(1, 8):
+        timed.mark(step, 50.0 + step)
+        assert len(caplog.messages) == (step >= 5)
+    assert caplog.messages == ["time       about 2 min 6 s for 7 epochs, evaluation and probes included"]
+
+
+def test_a_short_epoch_tells_at_its_end_and_one_without_steps_leaves_it_to_the_next(forecast, caplog):
+    timed = forecast(probe_seconds=None)  # then a probe takes as long as four steps: 132 seconds
+    timed.begin(3, 30.0)
+    timed.mark(3, 30.0, last=True)
+    assert not caplog.messages
+    timed.begin(0, 0.0)
+    timed.mark(1, 1.0)
+    timed.mark(1, 1.0, last=True)
+    assert [seconds_said(each.partition(" for ")[0]) for each in caplog.messages] == [132]
+
+
+def test_one_process_alone_says_it(forecast, caplog):
+    timed = forecast(silent=True)
+    timed.begin(0, 0.0)
+    timed.mark(9, 9.0, last=True)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0, "1 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (220, "3 min 40 s"), (7504, "2 h 5 min")]
+)
+def test_durations_in_words(seconds, words):
+    assert in_words(seconds) == words
 
 
 # ---- optimizer and schedules ---------------------------------------------------------------------------

@@ -9,28 +9,33 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
+from revtrain.cli.guard import DONE, guarded
 from revtrain.errors import RevtrainError
 from revtrain.machine.files import write_atomic
 from revtrain.report.tables import clean
+from revtrain.runs.schema import CHECKPOINT
 
-DONE, MENDABLE, INTERRUPTED = 0, 2, 130
-RUN_HELP = "a run directory, or the last.pt of one"
+if TYPE_CHECKING:
+    from revtrain.inference.restore import Trained
+
+Written = TypeVar("Written")
+RUN_HELP = f"a run directory, or the {CHECKPOINT} of one"
 
 
 def evaluate_main(argv: Sequence[str] | None = None) -> int:
     """`revtrain-eval`; `argv` are the words after it, by default those of this process. Returns the exit code."""
-    return _guarded(_evaluate, _evaluate_parser().parse_args(argv))
+    return guarded(_evaluate, _evaluate_parser().parse_args(argv))
 
 
 def export_main(argv: Sequence[str] | None = None) -> int:
     """`revtrain-export`; `argv` are the words after it, by default those of this process. Returns the exit code."""
-    return _guarded(_export, _export_parser().parse_args(argv))
+    return guarded(_export, _export_parser().parse_args(argv))
 
 
 # ---- revtrain-eval -----------------------------------------------------------------------------------------
@@ -66,7 +71,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from revtrain.inference.restore import restore
 
     trained = restore(args.run, args.device)
-    print(f"{clean(trained.path)}: {trained.cfg.arch} after epoch {trained.epoch}", flush=True)
+    print(f"{clean(trained.path)}: {trained.config.network.arch} after epoch {trained.epoch}", flush=True)
     if args.images is not None:
         return _predict(trained, args)
     evaluation = evaluate(trained, args.data, args.batch)
@@ -78,7 +83,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     return DONE
 
 
-def _predict(trained, args: argparse.Namespace) -> int:
+def _predict(trained: Trained, args: argparse.Namespace) -> int:
     from revtrain.data.imagefolder import image_files
     from revtrain.inference.predict import predict
 
@@ -131,42 +136,26 @@ def _export(args: argparse.Namespace) -> int:
 
     trained = restore(args.run)
     for path in args.to:
-        differences: list[float | None] = []
-        _write(path, lambda path=path, into=differences: into.append(export(trained, path)))
+        difference = _write(path, partial(export, trained, path))
         said = "logits not compared: onnxruntime is not installed"
-        if differences[0] is not None:
-            said = f"logits as the network's own, greatest difference {differences[0]:.2g}"
-        print(f"{clean(path)}: {trained.cfg.arch} after epoch {trained.epoch}, {said}", flush=True)
+        if difference is not None:
+            said = f"logits as the network's own, greatest difference {difference:.2g}"
+        print(f"{clean(path)}: {trained.config.network.arch} after epoch {trained.epoch}, {said}", flush=True)
     return DONE
 
 
 # ---- what both share ---------------------------------------------------------------------------------------
 
 
-def _guarded(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    for stream in (sys.stdout, sys.stderr):  # a path may hold what the terminal cannot show
-        with suppress(AttributeError, ValueError):
-            stream.reconfigure(errors="backslashreplace")
+def _write(path: Path, write: Callable[[], Written]) -> Written:
+    """What `write` returns. Raises `RevtrainError` where the file cannot be written."""
     try:
-        return command(args)
-    except RevtrainError as error:
-        print(error, file=sys.stderr)
-        return MENDABLE
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:  # as in `revtrain-eval RUN | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
-
-
-def _write(path: Path, write: Callable[[], None]) -> None:
-    """Raises `RevtrainError` where the file cannot be written."""
-    try:
-        write()
+        returned = write()
     except (OSError, ValueError) as error:  # matplotlib: a suffix that it does not know
         why = getattr(error, "strerror", None) or error
         raise RevtrainError(f"{clean(path)} cannot be written: {why}.\nChoose another file or folder.") from error
     print(f"wrote {clean(path)}", file=sys.stderr)
+    return returned
 
 
 def _count(word: str) -> int:

@@ -6,25 +6,23 @@ Exit codes: 0 at least one run was read, 2 none was (or a file could not be writ
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
+from revtrain.cli.guard import DONE, MENDABLE, guarded
 from revtrain.machine.files import write_atomic
 from revtrain.report.group import group_runs
 from revtrain.report.page import page
 from revtrain.report.tables import clean, comma_separated, markdown, terminal
 from revtrain.runs.read import gather
-
-READ, NOTHING, INTERRUPTED = 0, 2, 130
+from revtrain.runs.schema import CONFIG, METRICS, RESULT
 
 DESCRIPTION = """\
 Gather run directories, in any state, into a table: configurations with their accuracy, memory, SNR and compute
 overhead; runs that differ only in the seed become mean and standard deviation."""
-EPILOG = """\
-Only result.json and metrics.jsonl are read (.hydra/config.yaml where there is no result yet). What cannot be read is
+EPILOG = f"""\
+Only {RESULT} and {METRICS} are read ({CONFIG} where there is no result yet). What cannot be read is
 listed with the reason. Exit code: 0 if at least one run was read, else 2."""
 
 
@@ -37,17 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, see the head of this module.
     """
-    args = _parser().parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):  # a path may hold what the terminal cannot show
-        with suppress(AttributeError, ValueError):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        return _report(args)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:  # as in `revtrain-report | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return READ
+    return guarded(_report, _parser().parse_args(argv))
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -61,7 +49,7 @@ def _report(args: argparse.Namespace) -> int:
             "Expected run directories of revtrain, or folders above them, as in: revtrain-report outputs",
             file=sys.stderr,
         )
-        return NOTHING
+        return MENDABLE
     print(terminal(groups, problems), flush=True)
     wanted = (
         (args.markdown, lambda: markdown(groups, problems)),
@@ -69,7 +57,7 @@ def _report(args: argparse.Namespace) -> int:
         (args.html, lambda: page(groups, problems, args.paths)),
     )
     failed = [_write(path, make()) for path, make in wanted if path is not None].count(False)
-    return NOTHING if failed else READ
+    return MENDABLE if failed else DONE
 
 
 def _parser() -> argparse.ArgumentParser:

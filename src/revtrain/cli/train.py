@@ -20,7 +20,6 @@ import logging
 import logging.config
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import time
@@ -29,32 +28,33 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from revtrain import __version__
+from revtrain.cli.messages import check_keys, explain, first_line
 from revtrain.conf import constant_keys, search_path
-from revtrain.config import all_keys, did_you_mean, expected, read, sections
+from revtrain.config import did_you_mean, read
 from revtrain.errors import RevtrainError
 from revtrain.machine import files
 from revtrain.machine import sigterm as preemption
 from revtrain.machine import torchrun as launch
-from revtrain.runs import sweeps
+from revtrain.runs import schema, sweeps
+from revtrain.runs.read import settled
+from revtrain.runs.schema import Status
 
 # our presets are called as the launchers are, and complete in themselves
 warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 log = logging.getLogger(__name__)
 file_log = logging.getLogger("revtrain.errors")  # train.log alone
 
-GROUPS = ("arch", "data", "experiment")
 COMPLETED, BUG, MENDABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 PATIENCE_SECONDS = 5.0  # that the first process gets to report an error before another does
 PARENT = "REVTRAIN_SWEEP_PID"  # of the process that runs the sweep, for its workers
@@ -107,7 +107,7 @@ def _command(argv: list[str]) -> int:
             traceback.print_exc()
         message = explain(error)
         if message is None and any(map(sweeps.jobs_in, _sweeps)):
-            _say(f"The launcher of the sweep failed: {type(error).__name__}: {_first_line(error)}")
+            _say(f"The launcher of the sweep failed: {type(error).__name__}: {first_line(error)}")
             _list_sweeps(wait=False)
             return BUG
         if message is None:
@@ -134,7 +134,7 @@ def _run(cfg: DictConfig) -> float | None:
     """
     context = HydraConfig.get()
     run_dir = Path(context.runtime.output_dir)
-    overrides = OmegaConf.to_container(context.overrides.task, resolve=False)
+    overrides = [str(word) for word in context.overrides.task]
     if context.mode != RunMode.MULTIRUN:
         return _single_job(cfg, run_dir, overrides)
     done = sweeps.ended(run_dir)
@@ -147,21 +147,21 @@ def _run(cfg: DictConfig) -> float | None:
     sweeps.end_with(int(os.environ.get(PARENT, 0)))
     with suppress(OmegaConfBaseException):  # or the job says what is wrong
         OmegaConf.resolve(cfg)
-    logs = OmegaConf.to_container(context.job_logging, resolve=True)
+    logs = cast(dict[str, Any], OmegaConf.to_container(context.job_logging, resolve=True))
     logs["formatters"]["plain"]["format"] = f"{run_dir.name}: %(message)s"
     multiprocessing.set_start_method("spawn", force=True)  # joblib's own one is unknown to a new process
     process = multiprocessing.Process(target=_in_own_process, args=(cfg, run_dir, overrides, logs))
     process.start()
     process.join()
-    if process.exitcode < 0:
-        sweeps.note_death(run_dir, process.exitcode, OmegaConf.to_container(cfg, resolve=False), overrides)
-    return (sweeps.ended(run_dir) or {}).get("test_accuracy")
+    if process.exitcode is not None and process.exitcode < 0:
+        sweeps.note_death(run_dir, process.exitcode, _plain(cfg), overrides)
+    done = sweeps.ended(run_dir)
+    return done["test_accuracy"] if done else None
 
 
 def _in_own_process(cfg: DictConfig, run_dir: Path, overrides: list[str], logs: dict[str, Any]) -> None:
     """A job of a sweep as a process; it ends when the worker that started it does."""
-    parent = multiprocessing.parent_process()
-    sweeps.end_with(parent.pid)
+    sweeps.end_with(os.getppid())
     for name in ("SIGUSR1", "SIGUSR2"):  # SLURM's warning of a timeout is for the worker, which sees to it
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -212,7 +212,7 @@ def _job(cfg: DictConfig, run_dir: Path, overrides: list[str], sweep_dir: Path |
     """Train; what goes wrong becomes a message, a result.json and an exit code."""
     try:
         OmegaConf.resolve(cfg)
-        _check_keys(cfg)
+        check_keys(cfg)
         read(cfg)
         from revtrain.training.run import train
 
@@ -230,7 +230,7 @@ def _job(cfg: DictConfig, run_dir: Path, overrides: list[str], sweep_dir: Path |
         message = explain(error)
         if message is None:
             file_log.exception("a bug")
-            _say_bug(error, f"The traceback is in {run_dir / 'train.log'}.")
+            _say_bug(error, f"The traceback is in {run_dir / schema.LOG}.")
             _exit_codes.append(BUG)
         else:
             file_log.error("%s", message)
@@ -262,26 +262,32 @@ class Sweep(Callback):
 # ---- what goes to the terminal and the run directory ---------------------------------------------
 
 
-def _record(run_dir: Path, cfg: DictConfig, overrides: list[str], status: str, error: Exception | None = None) -> None:
+def _record(
+    run_dir: Path, cfg: DictConfig, overrides: list[str], status: Status, error: Exception | None = None
+) -> None:
     """Write result.json where `train` was not reached; it writes its own, and none beside an earlier run."""
     from revtrain.runs.writer import holds_run, new_result, one_line, write_result
 
     if launch.rank() > 0 or not run_dir.is_dir() or holds_run(run_dir):
         return
-    config = OmegaConf.to_container(cfg, resolve=False)
-    described = None if error is None else explain(error) or one_line(error)
+    result = new_result(settled(_plain(cfg)), overrides)
+    result["status"] = status
+    result["error"] = None if error is None else explain(error) or one_line(error)
     with suppress(OSError):  # the folder may be what is wrong
-        write_result(run_dir, {**new_result(config, overrides), "status": status, "error": described})
+        write_result(run_dir, result)
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
 
 
 def _how_to_continue(run_dir: Path, overrides: list[str], kept: str) -> str:
-    if not (run_dir / "last.pt").exists():
+    kept_in = run_dir / schema.CHECKPOINT
+    if not kept_in.exists():
         return f"Stopped before training; nothing to continue from in {run_dir}."
     from revtrain.runs.checkpoint import command
 
-    return (
-        f"Stopped. The last completed {kept} is in {run_dir / 'last.pt'}; continue with:\n{command(overrides, run_dir)}"
-    )
+    return f"Stopped. The last completed {kept} is in {kept_in}; continue with:\n{command(overrides, run_dir)}"
 
 
 def _list_sweeps(wait: bool = True) -> int:
@@ -301,8 +307,7 @@ def _say(message: str) -> None:
 
 
 def _say_bug(error: Exception, where: str) -> None:
-    first = (str(error).splitlines() or [""])[0]
-    _say(f"revtrain has a bug: {type(error).__name__}: {first}\n{where} Please report it.")
+    _say(f"revtrain has a bug: {type(error).__name__}: {first_line(error)}\n{where} Please report it.")
 
 
 # ---- what Hydra is told, and what it says --------------------------------------------------------
@@ -336,102 +341,6 @@ def _check_flags(argv: list[str]) -> None:
             "revtrain takes key=value words, and -m (--multirun) for sweeps; see revtrain --help."
         )
 
-    parser.error = refuse
+    parser.error = refuse  # type: ignore[method-assign, assignment]
     if parser.parse_args(argv).multirun:
         launch.refuse_sweep()
-
-
-def explain(error: BaseException) -> str | None:
-    """Two to five lines for an error that the user can mend; None for any other."""
-    if isinstance(error, RevtrainError):
-        return str(error)
-    if isinstance(error, MissingConfigException):
-        return _explain_group(error)
-    if match := re.search(r"Unknown plugin class : '(hydra_plugins\.\w+)", str(error)):
-        return (
-            f"A launcher or sweeper was chosen that is not installed ({match[1]}).\n"
-            'Install the launchers with: pip install -e ".[sweep]"'
-        )
-    if isinstance(error, OverrideParseException):
-        return (
-            f"{error.override!r} was given; expected key=value, as in depth=8 or pooling=[channel,batch].\n"
-            f"({_first_line(error)})\n"
-            "Quote a value with special characters, as in \"data.root='/a b'\"."
-        )
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        return _explain_composition(error)
-    if isinstance(error, ValueError) and "Config group override" in str(error):
-        return (
-            f"A group ({', '.join(GROUPS)}) takes the name of one of its files, as in arch=hybrid.\n"
-            "revtrain --help lists them."
-        )
-    return _explain_folder(error)
-
-
-def _explain_group(error: MissingConfigException) -> str | None:
-    group, _, given = (error.missing_cfg_file or "").rpartition("/")
-    if not group:
-        return f"{_first_line(error)}\nSee revtrain --help for the groups and keys."
-    options = list(error.options or ())
-    return (
-        f"{group}={given} was given; expected one of: {', '.join(options)}.{did_you_mean(given, options)}\n"
-        f"Choose one, as in {group}={(options or ['...'])[0]}."
-    )
-
-
-def _explain_composition(error: BaseException) -> str:
-    text = str(error)
-    if match := re.search(r"Ambiguous value for argument '(.+)'", text):
-        return (
-            f"{match[1]} was given; one run takes one value.\n"
-            f"To sweep over them: revtrain -m {match[1]}\n"
-            f"To give a list: {match[1].replace('=', '=[', 1)}]"
-        )
-    if match := re.search(r"Error merging override ([^=\s]+)(=.*)?", text):
-        key = match[1].lstrip("+~")
-        if match[1].startswith("~"):
-            return f"{match[0].split()[-1]} was given; a key cannot be removed.\nGive it another value instead."
-        if key in (*all_keys(), *sections()):
-            return f"{key}{match[2]} was given; expected {expected(key)}.\nrevtrain --help shows the defaults."
-    if match := re.search(r"Could not (?:override|append to config\. An item is already at) '(\S+?)'", text):
-        return _unknown_key(match[1])
-    if match := re.search(r"Could not delete from config\. '(\S+)'", text):
-        return _unknown_key(match[1])
-    if match := re.search(r"Key '(\S+)' not in '", text):  # ~key
-        return f"~{match[1]} was given; a key cannot be removed.\nGive it another value instead."
-    key = getattr(error, "full_key", None)
-    lines = [line for line in text.splitlines() if line.strip()][: 1 if key else 3]
-    return "\n".join([f"{key}: {lines[0]}" if key else lines[0], *lines[1:], "See revtrain --help."])
-
-
-def _unknown_key(key: str) -> str:
-    known = [*all_keys(), *GROUPS]
-    if key in known:
-        return f"{key} exists already.\nGive it plainly, as in {key}=VALUE."
-    return f"{key} was given; there is no such key.{did_you_mean(key, known)}\nrevtrain --help lists all keys."
-
-
-def _check_keys(cfg: Any, prefix: str = "") -> None:
-    """Refuse keys that +key=value added: nothing would read them."""
-    for key, value in cfg.items():
-        if prefix + key not in (*all_keys(), *sections(), *GROUPS):
-            raise RevtrainError(_unknown_key(prefix + key))
-        if isinstance(value, DictConfig):
-            _check_keys(value, f"{prefix}{key}.")
-
-
-def _explain_folder(error: BaseException) -> str | None:
-    """Hydra could not make the run directory, or open train.log in it."""
-    link: BaseException | None = error
-    while link is not None and not isinstance(link, OSError):
-        link = link.__cause__ or link.__context__
-    if not isinstance(link, OSError) or not link.filename:
-        return None
-    return (
-        f"The run directory cannot be written: {link.filename}: {link.strerror}.\n"
-        "Choose another folder, as in hydra.run.dir=FOLDER (hydra.sweep.dir=FOLDER in a sweep)."
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, field, fields, make_dataclass
+from dataclasses import MISSING, Field, asdict, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, Optional, get_type_hints
-
-from omegaconf import DictConfig, OmegaConf
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any, Optional, cast, get_type_hints
 
 from revtrain.config import registry
 from revtrain.config.keys import Key, check, did_you_mean, in_words, keys_of
 from revtrain.config.memory_size import parse_memory
 from revtrain.config.schema import Config, DataConfig, Machine, Network, ProbeConfig, Training
 from revtrain.errors import RevtrainError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 SIDE_BY_SIDE = (Network, Training, Machine)  # parts whose keys have no prefix
 
@@ -29,7 +31,8 @@ SIDE_BY_SIDE = (Network, Training, Machine)  # parts whose keys have no prefix
 
 def own_keys(package: str) -> dict[str, dict[str, Key]]:
     """The keys that only some architectures (`models`) or data sets (`data`) have: key -> {who has it: the key}."""
-    prefix, found = "data." if package == "data" else "", {}
+    prefix = "data." if package == "data" else ""
+    found: dict[str, dict[str, Key]] = {}
     for owner in registry.names(package):
         kind = registry.settings(package, owner)
         for name, key in (keys_of(kind, prefix) if kind else {}).items():
@@ -77,10 +80,16 @@ def _schema_fields(part: type) -> list[tuple[str, Any, Any]]:
     hints, found = get_type_hints(part), []
     for item in fields(part):
         if item.name != "own":
-            default = {"default": item.default} if item.default is not MISSING else {}
-            factory = {"default_factory": item.default_factory} if item.default_factory is not MISSING else {}
-            found.append((item.name, hints[item.name], field(**default, **factory)))
+            # what must be given by a yaml, as depth is by each architecture's, is null before that
+            kind = Optional[hints[item.name]] if item.default is None else hints[item.name]
+            found.append((item.name, kind, _same_default(item)))
     return found
+
+
+def _same_default(item: Field[Any]) -> Any:
+    if item.default_factory is MISSING:
+        return field(default=item.default)
+    return field(default_factory=item.default_factory)
 
 
 def _own_fields(package: str) -> list[tuple[str, Any, Any]]:
@@ -96,7 +105,7 @@ def _own_fields(package: str) -> list[tuple[str, Any, Any]]:
 # ---- the door ------------------------------------------------------------------------------------
 
 
-def read(cfg: DictConfig | Mapping[str, Any] | Config, stored: bool = False) -> Config:
+def read(cfg: DictConfig | dict[str, Any] | Config, stored: bool = False) -> Config:
     """The configuration in parts, every value checked.
 
     Args:
@@ -109,12 +118,12 @@ def read(cfg: DictConfig | Mapping[str, Any] | Config, stored: bool = False) -> 
     """
     if isinstance(cfg, Config):
         return cfg
-    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)  # type: ignore[assignment]
+    values = _plain(cfg)
     data, probe = dict(values["data"]), dict(values["probe"])
     _check_found("arch", values["arch"], "models")
     _check_found("data", data["name"], "data")
     own = _own(values, "models", values["arch"], "arch", stored)
-    own_of_data = _own(data, "data", data["name"], "data", stored=True)  # `data=` alone may change from job to job
+    own_of_data = _own(data, "data", data["name"], "data", stored)
     config = Config(
         network=Network(**_of(Network, values), own=own),
         training=Training(**_of(Training, values)),
@@ -125,6 +134,14 @@ def read(cfg: DictConfig | Mapping[str, Any] | Config, stored: bool = False) -> 
     )
     _check_together(config)
     return config
+
+
+def _plain(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(cfg, dict):
+        return dict(cfg)
+    from omegaconf import OmegaConf  # the report does without
+
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -160,14 +177,9 @@ def _of(part: type, values: Mapping[str, Any], prefix: str = "") -> dict[str, An
             found[item.name] = hints[item.name](**_of(hints[item.name], value, f"{name}."))
             continue
         key = keys_of(part, prefix)[name]
-        check(_never_null(key) if name in ("depth", "width") else key, value)
+        check(key, value)
         found[item.name] = value
     return found
-
-
-def _never_null(key: Key) -> Key:
-    """depth and width have no default of their own, but an architecture must have given one by now."""
-    return Key(key.name, key.types[0], key.default, key.rule)
 
 
 def _check_found(key: str, name: str, package: str) -> None:
@@ -182,7 +194,8 @@ def _own(values: Mapping[str, Any], package: str, owner: str, group: str, stored
         short = name.removeprefix(prefix)
         if name in mine or values.get(short) is None or stored:
             continue
-        has = f"its own keys are {', '.join(mine)}" if mine else "it has no keys of its own"
+        listed = shorten(", ".join(mine), 80, placeholder=" ...")
+        has = f"its own keys are {listed}" if mine else "it has no keys of its own"
         raise RevtrainError(
             f"{name}={values[short]} was given; {group}={owner} has no such key: {has}.\n"
             f"Leave {name} out, or choose one that has it: {', '.join(f'{group}={each}' for each in owners)}."

@@ -9,36 +9,50 @@ from revtrain.config.keys import Key, keys_of
 from revtrain.config.schema import DataConfig, Machine, Network, ProbeConfig, Training
 
 CHOSEN = ("arch", "data.name")  # by the groups, which have a list of their own
-WIDTH, COLUMN = 118, 21
+WIDTH, COLUMN = 118, 24
 
 
 def keys_help() -> str:
-    """A line or two for each key, with its default; those of single architectures and data sets name them."""
-    sections = (
-        ("THE NETWORK", [keys_of(Network), own_keys("models")]),
-        ("OPTIMISATION", [keys_of(Training)]),
-        ("THE MACHINE", [keys_of(Machine)]),
-        ("DATA", [keys_of(DataConfig, "data."), own_keys("data")]),
-        ("THE PROBE of reconstruction errors", [keys_of(ProbeConfig, "probe.")]),
-    )
+    """A line or two for each key: its meaning, and its default in brackets. Keys that only some architectures or data
+    sets have stand below a line that names those."""
+    lines = [
+        "THE NETWORK",
+        *_entries(keys_of(Network)),
+        *_own_entries("models", "arch"),
+        "OPTIMISATION",
+        *_entries(keys_of(Training)),
+        "THE MACHINE",
+        *_entries(keys_of(Machine)),
+        "DATA",
+        *_entries(keys_of(DataConfig, "data.")),
+        *_own_entries("data", "data"),
+        "THE PROBE of reconstruction errors",
+        *_entries(keys_of(ProbeConfig, "probe.")),
+    ]
+    return "\n".join(lines)
+
+
+def _entries(keys: dict[str, Key], indent: int = 2) -> list[str]:
+    return [line for name, key in keys.items() if name not in CHOSEN for line in _entry(key, indent)]
+
+
+def _own_entries(package: str, group: str) -> list[str]:
+    """The keys that only some architectures or data sets have, in the order of those that share most."""
+    shared: dict[tuple[str, ...], dict[str, Key]] = {}
+    for name, owners in own_keys(package).items():
+        shared.setdefault(tuple(owners), {})[name] = next(iter(owners.values()))
     lines = []
-    for title, groups in sections:
-        lines.append(title)
-        for name, key in (entry for group in groups for entry in group.items()):
-            if name not in CHOSEN:
-                lines += _entry(name, key)
-    return "\n  ".join(lines)
+    for names, keys in sorted(shared.items(), key=lambda each: (-len(each[0]), each[0])):
+        lines += [f"  with {group}={' or '.join(names)}", *_entries(keys, indent=4)]
+    return lines
 
 
-def _entry(name: str, key: Key | dict[str, Key]) -> list[str]:
-    owners = ""
-    if isinstance(key, dict):  # of some architectures only
-        owners, key = f" ({', '.join(key)})", next(iter(key.values()))
+def _entry(key: Key, indent: int) -> list[str]:
     default = key.rule.shown or _shown(key.default)
-    text = f"{default}; {key.rule.help}{owners}"
-    wrapped = textwrap.wrap(text, WIDTH - COLUMN - 4)
-    first, *rest = wrapped
-    return [f"  {name:<{COLUMN}} {first}", *(" " * (COLUMN + 3) + line for line in rest)]
+    words = [choice for choice in key.rule.choices if choice not in key.rule.help]
+    choices = f": {', '.join(key.rule.choices)}" if words else ""
+    first, *rest = textwrap.wrap(f"{key.rule.help}{choices} [{default}]", WIDTH - COLUMN - 2)
+    return [f"{' ' * indent + key.name:<{COLUMN}}  {first}", *(" " * (COLUMN + 2) + line for line in rest)]
 
 
 def _shown(value: object) -> str:

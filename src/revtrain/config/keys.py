@@ -69,7 +69,8 @@ def key(default: Any, help: str, **bounds: Any) -> Any:
 @cache
 def keys_of(part: type, prefix: str = "") -> dict[str, Key]:
     """The keys that a dataclass states, those of nested ones included: {"data.augment.pad": Key(...), ...}."""
-    hints, found = get_type_hints(part), {}
+    hints = get_type_hints(part)
+    found: dict[str, Key] = {}
     for item in fields(part):
         name = prefix + item.name
         if is_dataclass(hints[item.name]):
@@ -87,7 +88,7 @@ def in_words(key: Key) -> str:
     if get_origin(key.types[0]) is list:
         return f"a list, as in {key.name}=[{','.join(key.rule.choices[:2]) or '1,2'}]"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return " or ".join([*(words[kind] for kind in key.types), *(["null"] if key.is_optional else [])])
+    return " or ".join([*(words[kind] for kind in key.types), *(["null"] if key.default is None else [])])
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
@@ -107,7 +108,7 @@ def check(key: Key, value: Any, choices: Iterable[str] | None = None) -> None:
     """
     if value is None and key.is_optional:
         return
-    if value is not None and not isinstance(value, _accepted(key)):
+    if value is not None and not _has_type(key, value):
         raise RevtrainError(
             f"{key.name}={value} was given; expected {in_words(key)}.\nrevtrain --help shows the defaults."
         )
@@ -121,12 +122,12 @@ def check(key: Key, value: Any, choices: Iterable[str] | None = None) -> None:
         _check_number(key, value)
 
 
-def _accepted(key: Key) -> tuple[type, ...]:
+def _has_type(key: Key, value: Any) -> bool:
     kinds = tuple(get_origin(kind) or kind for kind in key.types)
-    return (*kinds, int) if float in kinds else kinds
+    return isinstance(value, (*kinds, int) if float in kinds else kinds)
 
 
-def _check_choice(key: Key, value: str, choices: tuple[str, ...]) -> None:
+def _check_choice(key: Key, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise RevtrainError(
             f"{key.name}={value} was given; expected one of: {', '.join(choices)}.{did_you_mean(value, choices)}\n"

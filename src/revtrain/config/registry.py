@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType
+from typing import Any
+
+from omegaconf import OmegaConf
 
 VARIABLE = "REVTRAIN_PATH"
 
@@ -40,6 +44,25 @@ def load(package: str, name: str) -> ModuleType:
 def settings(package: str, name: str) -> type | None:
     """The dataclass of the keys that this architecture or data set has besides the common ones; None: none."""
     return getattr(load(package, name), "Settings", None)
+
+
+def preset(group: str, name: str) -> dict[str, Any]:
+    """What `conf/GROUP/NAME.yaml` sets, and the yamls that it builds on; {} where there is no such file.
+
+    In the order of Hydra's search: the package's own folder, then those of REVTRAIN_PATH.
+    """
+    own = find_spec("revtrain.conf")  # found, not imported: that would need Hydra
+    folders = [*((own and own.submodule_search_locations) or ()), *(each / "conf" for each in plugin_folders())]
+    places = [Path(folder) / group / f"{name}.yaml" for folder in folders]
+    for place in places:
+        if place.is_file():
+            values: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(place))  # type: ignore[assignment]
+            bases = [each for each in values.pop("defaults", ()) if isinstance(each, str) and each != "_self_"]
+            below: dict[str, Any] = {}
+            for base in bases:
+                below |= preset(group, base)
+            return below | values
+    return {}
 
 
 def _package(name: str) -> ModuleType:

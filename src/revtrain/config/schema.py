@@ -36,16 +36,16 @@ Own = TypeVar("Own", covariant=True)  # the Settings of an architecture or a dat
 class Network(Generic[Own]):
     """What is built. `own` holds the keys that only some architectures have."""
 
-    arch: str = key("hybrid", "architecture")
-    depth: Optional[int] = key(
+    arch: str = key(None, "architecture")
+    depth: int = key(
         None,
         "units of the trunk, spread over the stages",
         at_least=1,
         at_most=10_000,
-        remark="depth counts the units of the trunk; each arch has its own default",
+        remark="depth counts the units of the trunk, 1 or more; each arch has its own default",
         shown="the arch's own",
     )
-    width: Optional[int] = key(
+    width: int = key(
         None,
         "c, channels at full resolution",
         at_least=1,
@@ -54,7 +54,7 @@ class Network(Generic[Own]):
     )
     pooling: list[str] = key(
         [],
-        "one entry between two stages, as in pooling=[channel,batch]",
+        "one entry between two stages: channel, batch or stride, as in pooling=[channel,batch]",
         choices=POOLINGS,
         remark="one entry between two stages, as in pooling=[channel,batch]",
         shown="the arch's own",
@@ -63,7 +63,7 @@ class Network(Generic[Own]):
     backward: str = key(
         "invert", "invert: recompute activations; store: keep them, as ordinary training does", choices=BACKWARDS
     )
-    precision: str = key("fp32", "of convolutions: fp32, bf16 or fp16", choices=PRECISIONS)
+    precision: str = key("fp32", "of the convolutions: fp32, bf16 or fp16", choices=PRECISIONS)
     chunk_mib: float = key(2.0, "MiB of scratch for each temporary of the in-place passes", above=0)
     own: Own = field(default=None)  # type: ignore[assignment]  # filled in by `revtrain.config.read`
 
@@ -81,9 +81,9 @@ class Training:
     epochs: int = key(40, "passes over the training images", at_least=1)
     lr: float = key(0.4, "the highest rate of the schedule", above=0)
     momentum: float = key(0.9, "Nesterov momentum; 0: none", at_least=0, below=1)
-    weight_decay: float = key(5e-4, "of weights", at_least=0)
-    decay_norm_and_bias: bool = key(False, "weight_decay applies to biases and BN, too")
-    label_smoothing: float = key(0.0, "share of the label that all classes get", at_least=0, below=1)
+    weight_decay: float = key(5e-4, "decay of the weights", at_least=0)
+    decay_norm_and_bias: bool = key(False, "let biases and BN decay, too")
+    label_smoothing: float = key(0.0, "share of the label that is spread over all classes", at_least=0, below=1)
     schedule: str = key("triangular", "shape of the learning rate", choices=SCHEDULES)
     warmup: float = key(0.125, "share of the steps in which the rate rises", at_least=0, below=1)
     clip_grad_norm: Optional[float] = key(None, "largest norm of the gradients; null: no clipping", above=0)
@@ -93,13 +93,13 @@ class Training:
 class Machine:
     """Where the run takes place, and what it may use there."""
 
-    device: str = key("auto", "auto, cpu, cuda, cuda:1, mps")
+    device: str = key("auto", "cpu, cuda, cuda:1 or mps; auto: the first GPU, else the CPU")
     memory_limit: Optional[str] = key(
-        None, "1GiB, 500MiB, ...: refuse a run that needs more; a GPU then acts like one of that size"
+        None, "refuse a run that needs more, as in 1GiB or 500MiB; a GPU then acts like one of that size"
     )
     plan: bool = key(False, "print what the run needs, whether it fits, the largest batch that does; then end")
     seed: int = key(0, "of weights, order and augmentation", at_least=0, at_most=LARGEST_SEED)
-    resume: Optional[str] = key(None, "run directory, or its last.pt: continue that run in a new directory")
+    resume: Optional[str] = key(None, "continue the run of this directory, or last.pt, in a new directory")
 
 
 @dataclass
@@ -120,7 +120,7 @@ class DataConfig(Generic[Own]):
     root: Optional[str] = key(None, "folder of the images or of the archive")
     cache: Optional[str] = key(None, "folder for decoded images; null: the user's cache folder")
     image_size: Optional[int] = key(None, "side in pixels; null: as the images are", at_least=1)
-    classes: Optional[int] = key(None, "null: as many as the data set has", at_least=2)
+    classes: Optional[int] = key(None, "number of classes; null: as many as the data set has", at_least=2)
     train_limit: Optional[int] = key(None, "so many training images, balanced over the classes; null: all", at_least=1)
     test_limit: Optional[int] = key(None, "so many test images; null: all", at_least=1)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -155,7 +155,10 @@ class Config:
 
 @dataclass
 class CouplingSettings:
-    """Of architectures with additive coupling blocks, y1 = x1 + s F(x2), y2 = x2 + s G(y1)."""
+    """Of architectures with additive coupling blocks, y1 = x1 + s F(x2), y2 = x2 + s G(y1).
+
+    `state_format` is the number format that `stream` and `precision` choose together, one of STATE_FORMATS.
+    """
 
     residual_scale: float = key(1.0, "s in y1 = x1 + s F(x2) of coupling blocks", above=0)
     stream: str = key(
@@ -170,6 +173,10 @@ class CouplingSettings:
         at_least=1,
         remark="values are multiples of 2^-grid_bits; null: the stream's own",
     )
+
+    def state_format(self, precision: str) -> str:
+        automatic = "float32" if precision == "fp32" else "int16"
+        return automatic if self.stream == "auto" else self.stream
 
 
 @dataclass

@@ -1,16 +1,18 @@
-"""The chain: the one place that owns a backward pass.
+"""The chain: invertible layers in a row, and the one backward pass that goes through them.
 
-invert   forward keeps the chain's output and a few numbers a layer; backward walks the layers in
-         reverse and turns (y, dy) into (x, dx) in two buffers, whatever the depth.
-store    the same layers under ordinary autograd: the noise-free twin of section 5.1.
+invert   The forward pass keeps the chain's output and a few numbers a layer (of a BN, its statistics). The backward
+         pass goes through the layers from last to first; each turns its output y and the gradient dy into its input x
+         and dx. Two buffers of an activation's size serve them all, whatever the depth.
+store    The same layers under ordinary autograd, which keeps their activations: the gradients without the noise of
+         inversion, for comparison (section 5.1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +41,7 @@ class Observer(Protocol):
 class Head(Protocol):
     """What may end a chain: a module that is not inverted (see `revtrain.layers.Head`)."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """The chain's result by ordinary autograd."""
 
     def forward_(self, state: Tensor, state_format: StateFormat) -> tuple[Tensor, Any]:
@@ -76,6 +78,8 @@ class InvertibleChain(InvertibleLayer):
     """
 
     observer: Observer | None = None
+    layers: Sequence[InvertibleLayer]
+    overflows: Tensor
 
     @former_names(stream="state_format", readout="head")
     def __init__(
@@ -87,7 +91,7 @@ class InvertibleChain(InvertibleLayer):
         head: Head | None = None,
     ):
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers = cast(Sequence[InvertibleLayer], nn.ModuleList(layers))
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, InvertibleLayer):
                 raise RevtrainError(

@@ -1,9 +1,10 @@
 """What an invertible layer is.
 
-The data's way through a reversible network:
+How a chain goes through its layers:
 
-    forward    x --forward_--> y            in the chain's own buffer; only `saved` (a few numbers) is kept
-    backward   (y, dy) --backward_--> (x, dx)   in the same two buffers; parameter gradients go to `grads`
+    forward    x --forward_--> y                in one buffer, the chain's own; only `saved` (a few numbers) is kept
+    backward   (y, dy) --backward_--> (x, dx)   in that buffer and one for the gradient; those of the parameters are
+                                                added to `grads`
 
 A method whose name ends in an underscore may overwrite the storage of the tensors that it is given, as
 everywhere in torch, and runs without autograd.
@@ -28,16 +29,16 @@ class InvertibleLayer(nn.Module):
     """A layer with an analytic inverse.
 
     A subclass writes `forward` and `inverse`; that is enough for `InvertibleChain` to train through it
-    without storing its input. The methods with an underscore are the memory-lean forms of the same
-    functions; a subclass overrides them where it can work in place.
+    without storing its input. The methods with an underscore compute the same in place; a subclass overrides
+    them where it can save memory so.
 
     `saved` is what the inverse needs besides y (BN: mean and standard deviation; most layers: None). It
     travels as a value, never on `self`, so a recomputation cannot update running statistics twice and one
     layer may be used several times in one graph.
 
-    `piece_bytes` bounds each temporary of the in-place passes, in bytes. `is_pointwise`: the layer works value by
-    value but for statistics, so that computing it again costs next to nothing. `passes_integers`: the lean methods
-    take states in an integer format, too (see revtrain.core.state_format).
+    `piece_bytes` bounds each temporary of the methods in place, in bytes. `is_pointwise`: each value of y depends on
+    one of x (and on statistics), so that computing y again costs little. `passes_integers`: the methods in place take
+    states in an integer format, too (see revtrain.core.state_format).
     """
 
     piece_bytes: int = 2 * MIB

@@ -63,4 +63,4 @@ def set_chunk_mib(model: nn.Module, chunk_mib: float) -> None:
     """Let every layer of `model` that works in pieces use temporaries of at most `chunk_mib` MiB."""
     for module in model.modules():
         if hasattr(module, "piece_bytes"):
-            module.piece_bytes = max(1, int(chunk_mib * MIB))
+            module.piece_bytes = max(1, int(chunk_mib * MIB))  # type: ignore[assignment]  # any module's attribute

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,8 @@ def without_repeats(model: nn.Module) -> Iterator[None]:
     whole = [chain.layers for chain in outermost]
     for chain in outermost:
         first: dict[Any, _OncePerKind] = {}
-        chain.layers = nn.ModuleList(_OncePerKind(layer, first) for layer in chain.layers)
+        once = nn.ModuleList(_OncePerKind(layer, first) for layer in chain.layers)
+        chain.layers = cast(Sequence[InvertibleLayer], once)
     try:
         yield
     finally:

@@ -3,12 +3,12 @@
     plain      floating point, as the paper has it: the inverse of a sum is off by its rounding
     float32    floating point on a grid: values and residuals are multiples of 2^-16, and sums of such numbers are
                exact below 2^8
-    int32      fixed point, the same grid in 32 bits: exact everywhere, range 2^15
-    int16      fixed point in half of the bytes: multiples of 2^-8, range 2^7
+    int32      fixed point: multiples of 2^-16 as 32-bit integers; sums are exact below 2^15
+    int16      fixed point in half of the bytes: multiples of 2^-8; sums are exact below 2^7
 
-On a grid, y1 = x1 + round(F(x2)) is undone to the last bit at any depth (Eqs. 8, 9). Where a sum leaves the range,
-integers wrap round: still undone exactly, but the network then computes with a wrong value; floating point goes on
-with a rounded one: a right value, not undone exactly. Every such value is counted, in either.
+On a grid, y1 = x1 + round(F(x2)) is undone to the last bit at any depth (Eqs. 8, 9). A sum can leave the range.
+Integers then wrap round, which is still undone exactly, but the network has computed with a wrong value. Floating point
+rounds it, which is a good value, but is not undone exactly. Either way it is counted.
 """
 
 from __future__ import annotations
@@ -72,10 +72,18 @@ class StateFormat:
         """Below this magnitude all sums are exact."""
         if self.bits is None:
             return 0.0
-        return 2.0 ** ((torch.iinfo(self.dtype).bits - 1 if self.is_integer else 24) - self.bits)
+        return 2.0 ** ((24 if self.dtype is None else torch.iinfo(self.dtype).bits - 1) - self.bits)
+
+    @property
+    def step(self) -> float:
+        """The distance between two numbers of the grid, 2^-b. Raises `ValueError` where there is none."""
+        if self.bits is None:
+            raise ValueError(f"state format {self.name} has no grid")
+        return 2.0**-self.bits
 
     def rounds(self, x: Tensor) -> bool:
-        """Whether values like x go onto the grid: float64 needs none, unless it stands for integers."""
+        """Whether values in the precision of x are rounded to the grid. Those in float64 are not, unless they stand for
+        the states of an integer format (backward=store)."""
         return self.bits is not None and (x.dtype == torch.float32 or (self.is_integer and x.dtype == torch.float64))
 
     def snap(self, x: Tensor) -> Tensor:
@@ -84,8 +92,7 @@ class StateFormat:
         x = x if self.bits is None else x.to(_at_least_float32(x.dtype))
         if not self.rounds(x):
             return x
-        step = 2.0**self.bits
-        snapped = (x.detach() * step).round_().div_(step)
+        snapped = (x.detach() * (1 / self.step)).round_().mul_(self.step)
         return snapped + (x - x.detach()) if x.requires_grad else snapped
 
     def encode(self, x: Tensor, piece_bytes: int) -> tuple[Tensor, Tensor | None]:
@@ -104,7 +111,9 @@ class StateFormat:
                 return state, torch.stack(lost).sum()
             return state, None
         state = torch.zeros(x.shape, dtype=self.dtype, device=x.device)
-        lost = [self.add_(state[sl], x[sl].to(_at_least_float32(x.dtype))) for sl in batch_pieces(x, piece_bytes)]
+        lost = [
+            self._add_integers_(state[sl], x[sl].to(_at_least_float32(x.dtype))) for sl in batch_pieces(x, piece_bytes)
+        ]
         return state, torch.stack(lost).sum()
 
     def decode(
@@ -117,14 +126,17 @@ class StateFormat:
         if state.is_floating_point():
             return state.clone(memory_format=memory_format)
         values = torch.empty(state.shape, dtype=dtype, device=state.device, memory_format=memory_format)
-        return values.copy_(state).mul_(2.0**-self.bits)
+        return values.copy_(state).mul_(self.step)
 
     def add_(self, state: Tensor, residual: Tensor, sign: int = 1) -> Tensor | None:
         """state += sign * residual, in place, on the grid. Integers: how many values left the range, as a tensor ()."""
         if state.is_floating_point():
             state.add_(self.snap(residual), alpha=sign)
             return None
-        scaled = (residual * 2.0**self.bits).round_()
+        return self._add_integers_(state, residual, sign)
+
+    def _add_integers_(self, state: Tensor, residual: Tensor, sign: int = 1) -> Tensor:
+        scaled = (residual * (1 / self.step)).round_()
         wider = _WIDER[state.dtype]
         beyond = ~(scaled.abs() < torch.iinfo(wider).max / 2)  # or not a number: adds nothing, but counts
         total = scaled.masked_fill_(beyond, 0).to(wider).mul_(sign).add_(state)

@@ -39,7 +39,7 @@ __all__ = [
     "user_cache",
 ]
 
-SHARED = ("augmentation", "dataset")  # modules of this package that are no data set
+SHARED = ("augmentation", "dataset", "shapes")  # modules of this package that are no data set
 _MODULES = {
     "augmentation": ("Draws", "augment", "draw_augmentation", "normalise"),
     "dataset": ("Dataset", "Split", "channel_statistics", "check_room", "load_data"),

@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from PIL import Image, ImageOps
 
 from revtrain.config import DataConfig
@@ -25,6 +24,7 @@ from revtrain.data import Facts, user_cache
 from revtrain.errors import RevtrainError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torchvision.datasets import ImageFolder
 
@@ -41,13 +41,14 @@ def facts(cfg: DataConfig[Any]) -> Facts:
     return Facts(cfg.classes, cfg.image_size)
 
 
-def check(cfg: DataConfig[Any]) -> None:
-    """Refuse a configuration without a folder."""
+def check(cfg: DataConfig[Any]) -> str:
+    """The folder; a configuration without one is refused."""
     if not cfg.root:
         raise RevtrainError(
             "data=imagefolder was given without data.root.\n"
             "Add data.root=FOLDER, a folder that holds train/CLASS/* and test/CLASS/*."
         )
+    return cfg.root
 
 
 def load(cfg: DataConfig[Any]) -> tuple[Split, Split, list[str]]:
@@ -59,8 +60,7 @@ def load(cfg: DataConfig[Any]) -> tuple[Split, Split, list[str]]:
     Raises:
         RevtrainError: missing or empty folders, differing classes, an image that cannot be used.
     """
-    check(cfg)
-    root = Path(cfg.root).expanduser().absolute()
+    root = Path(check(cfg)).expanduser().absolute()
     if not root.is_dir():
         raise RevtrainError(
             f"data.root={cfg.root} is no folder ({root}).\nGive a folder that holds train/CLASS/* and test/CLASS/*."
@@ -187,6 +187,8 @@ def _decode_all(train: ImageFolder, test: ImageFolder, image_size: int | None) -
 
 
 def _decode(source: ImageFolder, side: int, resize: bool, pool: ThreadPoolExecutor) -> np.ndarray:
+    import numpy as np
+
     from revtrain.data import check_room
 
     check_room(len(source), side, source.root)
@@ -211,6 +213,8 @@ def _side(path: str) -> int:
 
 def _pixels(path: str, side: int, resize: bool) -> np.ndarray:
     """One image as RGB, (3, side, side) uint8."""
+    import numpy as np
+
     with _opened(path) as image:
         if image.mode[0] in "IF":  # PIL would clip these to 255 without a word
             raise RevtrainError(
@@ -267,6 +271,8 @@ def _fingerprint(root: Path, train: ImageFolder, test: ImageFolder, image_size: 
 
 def _read_cache(cache: Path, counts: tuple[int, int]) -> tuple[np.ndarray, np.ndarray] | None:
     """The cached arrays; None where there are none or the zip's checksums tell of damage."""
+    import numpy as np
+
     if not cache.exists():
         return None
     try:
@@ -284,6 +290,8 @@ def _read_cache(cache: Path, counts: tuple[int, int]) -> tuple[np.ndarray, np.nd
 
 def _write_cache(cache: Path, arrays: tuple[np.ndarray, np.ndarray]) -> None:
     """Write aside, then rename: a reader sees a whole cache or none. A failure costs time, not the run."""
+    import numpy as np
+
     part = None
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)

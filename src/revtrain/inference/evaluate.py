@@ -6,12 +6,12 @@ import csv
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from revtrain.data import Split
 from revtrain.errors import RevtrainError
 from revtrain.inference.restore import Trained, own_data
 from revtrain.report.tables import clean
@@ -105,7 +105,7 @@ def evaluate(trained: Trained, data: str | None = None, batch: int | None = None
     count = len(classes)
     confusion = torch.zeros(count * count, dtype=torch.int64)
     loss = 0.0
-    batch = batch or trained.cfg.batch
+    batch = batch or int(trained.config.training.batch)
     for images, labels in zip(split.images.split(batch), split.labels.split(batch), strict=True):
         labels, logits = place[labels], trained.logits(images)
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
@@ -113,25 +113,22 @@ def evaluate(trained: Trained, data: str | None = None, batch: int | None = None
     return Evaluation(source, trained.classes, confusion.view(count, count), loss / len(split.labels))
 
 
-def _images(trained: Trained, data: str | None) -> tuple[Any, list[str], str]:
+def _images(trained: Trained, data: str | None) -> tuple[Split, list[str], str]:
     """The split, the names of its classes, and its name."""
     if data is not None:
         from revtrain.data.imagefolder import load_labelled
 
         split, classes = load_labelled(data, trained.image_size)
         return split, classes, data
-    own = own_data(trained.cfg, trained.path)
+    own = own_data(trained)
     if own.image_size != trained.image_size:
         raise RevtrainError(
             f"The images of this run's data set now have {own.image_size} pixels a side; {trained.path} was trained "
             f"on {trained.image_size}.\nGive those it was trained on with --data FOLDER."
         )
-    name = trained.cfg.data.name
-    return (
-        own.test,
-        list(own.classes),
-        f"data={name}" + (f" ({trained.cfg.data.root})" if trained.cfg.data.root else ""),
-    )
+    config = trained.config.data
+    source = f"data={config.name}" + (f" ({config.root})" if config.root else "")
+    return own.test, list(own.classes), source
 
 
 def _few(names: list[str]) -> str:

@@ -22,10 +22,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from revtrain import __version__
+from revtrain.config import flat
 from revtrain.errors import RevtrainError
 from revtrain.inference.restore import Trained
 from revtrain.machine.files import write_atomic
@@ -84,7 +84,7 @@ def metadata(trained: Trained) -> dict[str, str]:
         "image_size": str(trained.image_size),
         "mean": json.dumps(trained.mean.tolist()),
         "std": json.dumps(trained.std.tolist()),
-        "config": json.dumps(OmegaConf.to_container(trained.cfg, resolve=True)),
+        "config": json.dumps(flat(trained.config)),
     }
 
 
@@ -134,6 +134,8 @@ def _onnx(trained: Trained, model: nn.Module) -> bytes:
     written = torch.onnx.export(
         _program(trained, model), input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False
     )
+    if written is None:
+        raise RevtrainError("torch.onnx wrote no network.\nTry another format, and please report it.")
     proto = written.model_proto
     for key, value in metadata(trained).items():
         proto.metadata_props.add(key=key, value=value)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
-from revtrain.config import flat, read
-from revtrain.data import normalise
+from revtrain.config import Config, read
+from revtrain.data import Dataset, normalise
 from revtrain.errors import RevtrainError
 from revtrain.machine import device as devices
 from revtrain.models import build_model
 from revtrain.runs import checkpoint
+from revtrain.runs.schema import CHECKPOINT, DataMeaning
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Trained:
     """
 
     path: Path  # of the checkpoint
-    cfg: DictConfig  # of the run
+    config: Config  # of the run
     epoch: int  # epochs completed
     model: nn.Module  # in eval mode
     classes: tuple[str, ...]
@@ -38,12 +37,13 @@ class Trained:
 
     def logits(self, images: Tensor) -> Tensor:
         """(B, classes) float32 on the CPU, of images (B, 3, H, W) uint8, in the precision of the run."""
-        with torch.no_grad(), devices.autocast(self.device, self.cfg.precision):
+        with torch.no_grad(), devices.autocast(self.device, self.config.network.precision):
             return self.model(normalise(images.to(self.device), self.mean, self.std)).float().cpu()
 
     def rebuilt(self, **changes: Any) -> nn.Module:
-        """The same weights in a network of a configuration with other values, e.g. `backward="store"`; on the CPU."""
-        model = build_model(OmegaConf.merge(self.cfg, changes), len(self.classes), self.image_size)
+        """The same weights in a network with other values of `Network`, e.g. `backward="store"`; on the CPU."""
+        network = replace(self.config.network, **changes)
+        model = build_model(replace(self.config, network=network), len(self.classes), self.image_size)
         model.load_state_dict(self.model.state_dict())
         return model.eval().requires_grad_(False)
 
@@ -59,37 +59,33 @@ def restore(path: str | Path, device: str = "cpu") -> Trained:
         RevtrainError: the checkpoint is missing, damaged or of another version, or the device is absent.
     """
     state = checkpoint.load(path, key="")
-    path = Path(path) / checkpoint.NAME if Path(path).is_dir() else Path(path)
+    path = Path(path) / CHECKPOINT if Path(path).is_dir() else Path(path)
     chosen = devices.choose_device(device)
     try:
-        cfg = OmegaConf.create(flat(read({**state["config"], "resume": None, "experiment": None}, stored=True)))
-        names, size, mean, std = _meaning(state, cfg, path)
-        model = build_model(cfg, len(names), size)
+        config = read(state["config"], stored=True)
+        names, size, mean, std = _meaning(state["data"], state["classes"])
+        model = build_model(config, len(names), size)
         model.load_state_dict(state["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, OmegaConfBaseException) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise RevtrainError(
             f"{path}: what this checkpoint holds does not fit together ({_first_line(error)}).\n"
             "It may come from another version of revtrain; use that version, or train anew."
         ) from error
-    devices.check_precision(chosen, cfg.precision)
+    devices.check_precision(chosen, config.network.precision)
     model.eval().requires_grad_(False).to(chosen)
-    return Trained(path, cfg, state["epoch"], model, names, size, mean, std, chosen)
+    return Trained(path, config, state["epoch"], model, names, size, mean, std, chosen)
 
 
-def _meaning(state: dict[str, Any], cfg: DictConfig, path: Path) -> tuple[tuple[str, ...], int, Tensor, Tensor]:
-    """Names of the classes, side in pixels, mean and deviation; of an older checkpoint, from its data set."""
-    if "data" in state:
-        data = state["data"]
-        mean, std = (torch.tensor(data[name], dtype=torch.float32) for name in ("mean", "std"))
-        if not (len(data["classes"]) == state["classes"] and mean.shape == std.shape == (3,)):
-            raise ValueError("number of classes or channels")
-        return tuple(map(str, data["classes"])), int(data["image_size"]), mean, std
-    own = own_data(cfg, path)
-    return tuple(own.classes), own.image_size, own.mean, own.std
+def _meaning(data: DataMeaning, count: int) -> tuple[tuple[str, ...], int, Tensor, Tensor]:
+    """Names of the `count` classes, side in pixels, mean and deviation."""
+    mean, std = torch.tensor(data["mean"], dtype=torch.float32), torch.tensor(data["std"], dtype=torch.float32)
+    if not (len(data["classes"]) == count and mean.shape == std.shape == (3,)):
+        raise ValueError("number of classes or channels")
+    return tuple(map(str, data["classes"])), int(data["image_size"]), mean, std
 
 
-def own_data(cfg: DictConfig, path: Path) -> Any:
-    """The data set that the run was trained on (a `revtrain.data.Dataset`).
+def own_data(trained: Trained) -> Dataset:
+    """The data set that the run was trained on.
 
     Raises:
         RevtrainError: it is no longer where it was.
@@ -97,9 +93,9 @@ def own_data(cfg: DictConfig, path: Path) -> Any:
     from revtrain.data import load_data
 
     try:
-        return load_data(read(cfg).data)
+        return load_data(trained.config.data)
     except RevtrainError as error:
-        raise RevtrainError(f"{path}: the data set of this run cannot be read.\n{error}") from error
+        raise RevtrainError(f"{trained.path}: the data set of this run cannot be read.\n{error}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ class InvertibleLeakyReLU(InvertibleLayer):
     Args:
         slope: n, without unit, 0 < n <= 1. The draft writes x / n; its text and its authors' runs use n x.
 
-    Each pass costs precision: with a symmetric input the inverse multiplies the noise-to-signal ratio by
+    Each inversion costs precision: with a symmetric input the inverse multiplies the noise-to-signal ratio by
     (1 + n^2)(1 + 1/n^2)/4 (Eq. 28c). Raises `RevtrainError` for a slope outside (0, 1].
     """
 

@@ -31,8 +31,9 @@ class InvertibleBatchNorm2d(InvertibleLayer):
     |gamma| + epsilon_i never falls below epsilon_i. The inverse (Eq. 21) multiplies the noise of channel i
     by sqrt(var_i + eps) / |gain_i|, so a gain near zero would destroy the signal.
 
-    In a row of such layers and LeakyReLUs, a negative sign lets a LeakyReLU shrink what the one before left at full
-    size, rather than the same values again and again: several dB of SNR a layer (docs/numerics.md).
+    A LeakyReLU shrinks negative values. In a row of BNs and LeakyReLUs with positive gains it is the same values that
+    each shrinks again; with negative gains it is those that the LeakyReLU before left at full size. That is worth
+    several dB of SNR a layer (docs/numerics.md).
 
     Args:
         channels: C.
@@ -49,6 +50,9 @@ class InvertibleBatchNorm2d(InvertibleLayer):
     is_pointwise = True
     track_running_stats = True  # False while a forward pass is computed again
     group: Any = None
+    running_mean: Tensor
+    running_var: Tensor
+    signs: Tensor | int
 
     def __init__(
         self, channels: int, epsilon_i: float = 0.1, eps: float = 1e-5, momentum: float = 0.1, sign: str = "positive"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from revtrain.errors import RevtrainError
 
@@ -31,6 +31,8 @@ class BoundedConv2d(nn.Conv2d):
 
     Raises `RevtrainError` for a bound or a gain that is not positive.
     """
+
+    direction: Tensor  # of the largest singular value, as far as it is found
 
     def __init__(self, channels: int, kernel_size: int = 3, init_gain: float = 1.0, max_gain: float | None = None):
         super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, bias=False)

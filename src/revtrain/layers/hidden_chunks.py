@@ -16,7 +16,7 @@ inside F is inverted, so there is no noise of such inverses, and the activation 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from revtrain.errors import RevtrainError
 from revtrain.layers.batchnorm import channel_mean
 from revtrain.layers.collective import all_sum, processes
 from revtrain.layers.coupling import AdditiveCoupling
+from revtrain.layers.norm_pieces import count_batch, running_statistics, update_running_statistics
 from revtrain.layers.residual_pass import ResidualPass, ResidualSum
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -114,7 +115,9 @@ class HiddenChunkCoupling(AdditiveCoupling):
     def _pass_through(self, which: str, x: Tensor, context: tuple[Tensor, ...] = ()) -> ResidualPass:
         function = getattr(self, which)
         overflows = getattr(self, "overflows", None)
-        return _HiddenChunksPass(function, self.residual_sum, self.hidden_chunk, self.piece_bytes, overflows)
+        return _HiddenChunksPass(
+            cast(WideResidual, function), self.residual_sum, self.hidden_chunk, self.piece_bytes, overflows
+        )
 
 
 class _Statistics(NamedTuple):
@@ -127,6 +130,8 @@ class _Statistics(NamedTuple):
 
 class _HiddenChunksPass(ResidualPass):
     """`target` +/- s F(`source`), a few hidden channels at a time; other temporaries hold a piece of the batch."""
+
+    function: WideResidual
 
     def __init__(
         self,
@@ -144,9 +149,8 @@ class _HiddenChunksPass(ResidualPass):
     def add_(self, source: Tensor, target: Tensor) -> _Statistics:
         norm = self.function.norm
         if not norm.training:
-            saved = _Statistics(
-                _per_channel(norm.running_mean.clone()), _per_channel((norm.running_var + norm.eps).rsqrt()), False
-            )
+            mean, variance, _ = running_statistics(norm)
+            saved = _Statistics(_per_channel(mean.clone()), _per_channel((variance + norm.eps).rsqrt()), False)
             self.recompute_(source, target, saved, sign=1)
             return saved
         means, inverse_deviations = [], []
@@ -154,11 +158,11 @@ class _HiddenChunksPass(ResidualPass):
             z = self._hidden(source, k)
             mean, variance = _mean_and_variance(z, self.piece_bytes, self.group)
             statistics = _Statistics(mean, (variance + norm.eps).rsqrt(), True)
-            self._update_running_statistics(k, mean.flatten(), variance.flatten(), _count(z, self.group))
+            update_running_statistics(norm, mean.flatten(), variance.flatten(), _count(z, self.group), k)
             self._add_output(z, target, k, statistics, 1, self.overflows)
             means.append(mean)
             inverse_deviations.append(statistics.inverse_deviation)
-        norm.num_batches_tracked.add_(1)
+        count_batch(norm)
         return _Statistics(join(means, self.hidden, 1), join(inverse_deviations, self.hidden, 1), True)
 
     def recompute_(self, source: Tensor, target: Tensor, saved: _Statistics, sign: int) -> None:
@@ -239,12 +243,6 @@ class _HiddenChunksPass(ResidualPass):
             dx, dweight = _conv_backward(dz, self.read(source[sl]), weight)
             dsource[sl].add_(dx)
             dweight1[k] += dweight
-
-    def _update_running_statistics(self, k: slice, mean: Tensor, variance: Tensor, count: int) -> None:
-        norm = self.function.norm
-        norm.running_mean[k].lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-        unbiased = variance * (count / max(1, count - 1))
-        norm.running_var[k].lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
 
 
 def _per_channel(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""torch's BatchNorm2d over pieces of the batch, forward and backward, with nothing of full size but what it reads."""
+"""torch's BatchNorm2d over pieces of the batch, forward and backward: no tensor of its input's size is made."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from revtrain.core.gradients import Gradients
 from revtrain.core.pieces import batch_pieces
+from revtrain.errors import RevtrainError
 from revtrain.layers.batchnorm import statistics_dtype
 from revtrain.layers.collective import all_sum, processes
 
@@ -84,6 +85,8 @@ class NormOverPieces:
     def finish_(self, dx: Tensor, grads: Gradients) -> None:
         """The second part, for all pieces; the gradients of gamma and beta."""
         mean, variance = self.statistics.mean, self.statistics.variance + self.norm.eps
+        if self._sum_du is None or self._sum_du_x is None:
+            raise ValueError("add_gradient_ comes before finish_")
         if self.statistics.of_batch:  # through the mean and the variance, too
             sum_du, sum_du_x = all_sum(torch.stack([self._sum_du, self._sum_du_x]), self.group)
             slope = self._gain() * sum_du_x / (self.count * variance)
@@ -101,18 +104,50 @@ class NormOverPieces:
         """Of the whole batch, in two passes, in float32 or better."""
         norm = self.norm
         if not norm.training:
-            return Statistics(norm.running_mean.clone(), norm.running_var.clone(), False)
+            running_mean, running_variance, _ = running_statistics(norm)
+            return Statistics(running_mean.clone(), running_variance.clone(), False)
         mean = _add_up([_sum(self.read(self.source[sl])) for sl in self.pieces], self.group) / self.count
         squares = [(self.read(self.source[sl]) - _per_channel(mean)).square_().sum((0, 2, 3)) for sl in self.pieces]
         variance = _add_up(squares, self.group) / self.count
         if not norm.track_running_stats:  # a recomputation
             return Statistics(mean, variance, True)
-        with torch.no_grad():
-            norm.num_batches_tracked.add_(1)
-            unbiased = variance * (self.count / max(1, self.count - 1))  # as torch keeps it
-            for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
-                running.lerp_(new.to(running.dtype), norm.momentum)
+        count_batch(norm)
+        update_running_statistics(norm, mean, variance, self.count)
         return Statistics(mean, variance, True)
+
+
+def running_statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, float]:
+    """(mean, variance, momentum): (C,), (C,) and the share of a new batch.
+
+    Raises `RevtrainError` where `norm` keeps none, or keeps plain means over all batches.
+    """
+    if norm.running_mean is None or norm.running_var is None or norm.momentum is None:
+        raise RevtrainError(
+            f"{norm} was given where running statistics are needed.\n"
+            "Expected a BatchNorm2d with track_running_stats=True and a momentum."
+        )
+    return norm.running_mean, norm.running_var, norm.momentum
+
+
+@torch.no_grad()
+def update_running_statistics(
+    norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int, channels: slice = slice(None)
+) -> None:
+    """Take a batch of `count` values a channel into the running statistics of some `channels`, as torch does.
+
+    `mean` and `variance` (biased; torch keeps the unbiased one) are of these channels, (k,) each.
+    """
+    running_mean, running_variance, momentum = running_statistics(norm)
+    unbiased = variance * (count / max(1, count - 1))
+    for running, new in ((running_mean, mean), (running_variance, unbiased)):
+        running[channels].lerp_(new.to(running.dtype), momentum)
+
+
+@torch.no_grad()
+def count_batch(norm: nn.BatchNorm2d) -> None:
+    """One batch more was seen by `norm`."""
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
 
 
 def normalise(x: Tensor, norm: nn.BatchNorm2d, piece_bytes: int) -> Tensor:

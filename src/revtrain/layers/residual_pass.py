@@ -141,6 +141,8 @@ class LayerwisePass(ResidualPass):
     which is at hand: that costs no convolution, and the signs that they keep are alive only for their own part.
     """
 
+    function: InvertibleLayer
+
     def add_(self, source: Tensor, target: Tensor) -> Any:
         residual, saved = self.function.forward_(self.read(source), *self.context)
         self.residual_sum.add_(target, residual, 1, self.piece_bytes, self.overflows)

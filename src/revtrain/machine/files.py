@@ -15,7 +15,7 @@ LOCK = ".lock"  # in a run's folder: held by the process that works there
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def write_atomic(path: Path, content: bytes, keep: Path | None = None) -> None:
+def write_atomic(path: Path, content: bytes | memoryview, keep: Path | None = None) -> None:
     """Replace `path` by `content` in one step; on any error the old file stays as it was.
 
     Args:

@@ -14,20 +14,21 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from revtrain.config import Config
 from revtrain.errors import RevtrainError
 from revtrain.layers import synchronise_batch_norms
-from revtrain.machine import torchrun as launch
+from revtrain.machine import torchrun
 
 # Lost processes are noticed otherwise: this bounds how long the others wait for one that downloads or decodes images.
 TIMEOUT = timedelta(hours=1)
@@ -37,7 +38,7 @@ LEAST_SHARE = 2  # images a process: the memory of a step is told from two sizes
 
 
 class Processes:
-    """The processes that train together, as one of them sees it. A team of one does everything alone.
+    """The processes that train together, as one of them sees it. One alone does everything itself.
 
     Args:
         rank: 0 to size - 1.
@@ -51,8 +52,8 @@ class Processes:
 
     @classmethod
     def of_environment(cls) -> Processes:
-        """As torchrun started this process; a team of one without torchrun."""
-        return cls(launch.rank(), launch.size(), launch.local_rank())
+        """As torchrun started this process; alone without torchrun."""
+        return cls(torchrun.rank(), torchrun.size(), torchrun.local_rank())
 
     @property
     def leads(self) -> bool:
@@ -124,9 +125,12 @@ class Processes:
             f"Use batch={low} or batch={low + self.size}."
         )
 
-    def with_share(self, cfg: Any) -> Any:
-        """`cfg` with the batch of one process: what memory depends on. `batch=auto` stays."""
-        return cfg if self.size == 1 or cfg.batch == "auto" else OmegaConf.merge(cfg, {"batch": self.share(cfg.batch)})
+    def of_one(self, config: Config) -> Config:
+        """`config` with the batch of one process, on which its memory depends. `batch=auto` stays."""
+        batch = config.training.batch
+        if not isinstance(batch, int):
+            return config
+        return replace(config, training=replace(config.training, batch=self.share(batch)))
 
     def of_one_process(self, error: RevtrainError) -> RevtrainError:
         """An error that speaks of the batch of one process."""
@@ -169,7 +173,7 @@ class Processes:
         """The smallest of what the processes give."""
         return min(self._gather(value))
 
-    def add_up(self, counts: dict[str, float]) -> dict[str, float]:
+    def add_up(self, counts: Mapping[str, float]) -> dict[str, float]:
         """Numbers by name, summed over the processes."""
         total: dict[str, float] = {}
         for each in self._gather(counts):
@@ -199,12 +203,12 @@ class Processes:
             if self._store is None:
                 raise
             with _uninterrupted():
-                cause = self._cause(error)
+                cause = self._cause(error, self._store)
                 if dist.get_backend() == "gloo":  # the others notice at once; NCCL would wait for them
                     with suppress(Exception):
                         dist.destroy_process_group()
                 if not self.leads:
-                    self._wait_for_the_leader()
+                    _wait_for_the_leader(self._store)
             if cause is error:
                 raise
             raise cause from error
@@ -220,7 +224,7 @@ class Processes:
             with suppress(Exception):
                 dist.destroy_process_group()
 
-    def _cause(self, error: BaseException) -> BaseException:
+    def _cause(self, error: BaseException, store: dist.Store) -> BaseException:
         """The first failure of all: the processes ask the store, which takes the first one's."""
         lost = isinstance(error, RuntimeError) and any(word in str(error) for word in ("onnection", "gloo", "NCCL"))
         own = {"rank": self.rank, "kind": _kind(error), "text": _text(error)}
@@ -228,9 +232,9 @@ class Processes:
             own |= {"kind": "RevtrainError", "text": f"Another of the {self.size} processes ended without a word."}
         try:
             until = time.monotonic() + SAY_WHY_SECONDS
-            while lost and time.monotonic() < until and not self._store.check(["failure"]):
+            while lost and time.monotonic() < until and not store.check(["failure"]):
                 time.sleep(0.05)
-            first = json.loads(self._store.compare_set("failure", "", json.dumps(own)))
+            first = json.loads(store.compare_set("failure", "", json.dumps(own)))
         except Exception:  # the store went with the process that held it
             first = own
         if first["rank"] == self.rank and not lost:
@@ -241,14 +245,15 @@ class Processes:
             return RevtrainError(first["text"])
         return RuntimeError(f"process {first['rank']} of {self.size} failed: {first['text']}")
 
-    def _wait_for_the_leader(self) -> None:
-        until = time.monotonic() + PATIENCE_SECONDS
-        with suppress(Exception):
-            while time.monotonic() < until and not self._store.check(["leader ended"]):
-                time.sleep(0.1)
-
 
 ALONE = Processes()
+
+
+def _wait_for_the_leader(store: dist.Store) -> None:
+    until = time.monotonic() + PATIENCE_SECONDS
+    with suppress(Exception):
+        while time.monotonic() < until and not store.check(["leader ended"]):
+            time.sleep(0.1)
 
 
 def _kind(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from revtrain.machine import torchrun as launch
+from revtrain.machine import torchrun
 
 
 class Terminated(KeyboardInterrupt):
@@ -40,7 +40,7 @@ def watching() -> Iterator[None]:
         Terminated: SIGTERM came, and was noted only, before this was entered.
     """
     global _asked
-    outside = launch.size() > 1 or threading.current_thread() is not threading.main_thread()
+    outside = torchrun.size() > 1 or threading.current_thread() is not threading.main_thread()
     if outside or signal.getsignal(signal.SIGTERM) is _handle:
         if _asked:
             raise Terminated

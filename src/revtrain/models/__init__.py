@@ -5,9 +5,10 @@ An architecture's file holds all that concerns it. It starts with a shape legend
     Settings   a dataclass: the keys that it has besides those of every network (left out: none)
     TRAITS     a `Traits`: what the rest of the program must know of it
     build      (network, images) -> the module
-    memory     (network, images) -> its memory in closed form, from `revtrain.memory.closed_form` (left out: none; the
-               prediction with fake tensors serves any network)
-    advise     (network) -> words for the command line that lessen the noise of reconstruction (left out: none)
+    memory     (network, images) -> the modules of its memory in closed form, from `revtrain.memory.formulas` (left out:
+               none; the prediction with fake tensors serves any network)
+    advise     (network) -> what to change on the command line for less noise of reconstruction, the best first, as in
+               ["max_gain=1", "a larger slope (now 0.2)"] (left out: nothing)
 
 Neither torch nor anything that needs it is imported at the head of such a file: the command line reads the `Settings`
 of all of them before torch is there. Images are (B, 3, H, W), logits (B, classes).
@@ -15,16 +16,20 @@ of all of them before torch is there. Images are (B, 3, H, W), logits (B, classe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from revtrain.config import Network, read, registry
+from revtrain.config import Config, CouplingSettings, InvertibleSettings, Network, read, registry
 from revtrain.errors import RevtrainError
+from revtrain.memory.closed_form import MemoryModel, memory_model
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
     from torch import nn
 
 SHARED = ("common",)  # modules of this package that are no architecture
+Noise = Literal["nowhere", "in blocks", "along the chain"]
 
 
 class Images(NamedTuple):
@@ -39,12 +44,12 @@ class Traits:
     """What the program must know of an architecture besides how to build it.
 
     `reversible`: something is rebuilt in the backward pass, so `backward=store` is another way to train it, and its
-    channels are halved. `noise` says where reconstruction errors pile up: "nowhere", "in blocks" (inside a coupling
-    block, which begins anew from a true input) or "along the chain" (from layer to layer).
+    channels are halved. `noise` says where reconstruction errors pile up, from the least to the most: "nowhere", "in
+    blocks" (inside a coupling block, which begins anew from a true input) or "along the chain" (from layer to layer).
     """
 
     reversible: bool = True
-    noise: str = "nowhere"
+    noise: Noise = "nowhere"
 
 
 def architectures() -> list[str]:
@@ -57,7 +62,23 @@ def traits(arch: str) -> Traits:
     return registry.load("models", arch).TRAITS
 
 
-def build_model(cfg: Any, classes: int | None = None, image_size: int | None = None) -> nn.Module:
+def less_noisy(arch: str) -> list[str]:
+    """The reversible architectures next to this one in noise: those with the most of all that have less."""
+    order = get_args(Noise)
+    found = {name: order.index(traits(name).noise) for name in architectures() if traits(name).reversible}
+    less = {name: noise for name, noise in found.items() if noise < order.index(traits(arch).noise)}
+    return [name for name, noise in less.items() if noise == max(less.values())]
+
+
+def advise(network: Network[Any]) -> list[str]:
+    """What its architecture advises for less noise of reconstruction, the best first; [] where it has nothing."""
+    found = getattr(registry.load("models", network.arch), "advise", None)
+    return found(network) if found is not None else []
+
+
+def build_model(
+    cfg: DictConfig | Mapping[str, Any] | Config, classes: int | None = None, image_size: int | None = None
+) -> nn.Module:
     """The network that the composed configuration `cfg` describes.
 
     Args:
@@ -80,8 +101,69 @@ def build(network: Network[Any], images: Images) -> nn.Module:
     """The network of one part of the configuration; see `build_model`."""
     from revtrain.core.pieces import set_chunk_mib
 
-    if network.arch not in architectures():
-        raise RevtrainError(f"arch={network.arch} is unknown.\nExpected one of: {', '.join(architectures())}.")
+    _check_known(network.arch)
     model = registry.load("models", network.arch).build(network, images)
     set_chunk_mib(model, network.chunk_mib)
     return model
+
+
+def analytic_memory(
+    cfg: DictConfig | Mapping[str, Any] | Config, classes: int = 10, image_size: int = 32
+) -> MemoryModel:
+    """The memory of one training step of `cfg` in closed form, term by term.
+
+    Args:
+        cfg: as `build_model` takes it.
+        classes: of the head.
+        image_size: side of the images in pixels.
+
+    Raises:
+        RevtrainError: an architecture whose file has no closed form.
+    """
+    config = read(cfg)
+    network = config.network
+    _check_known(network.arch)
+    modules = getattr(registry.load("models", network.arch), "memory", None)
+    if modules is None:
+        raise RevtrainError(
+            f"arch={network.arch} has no closed form of its memory: its file has no function `memory`.\n"
+            "The prediction with fake tensors (revtrain.planning.predict) serves any network."
+        )
+    return memory_model(network, modules(network, Images(classes, image_size)), image_size, config.training.momentum)
+
+
+def _check_known(arch: str) -> None:
+    if arch not in architectures():
+        raise RevtrainError(f"arch={arch} is unknown.\nExpected one of: {', '.join(architectures())}.")
+
+
+# ---- what several architectures share, without torch; with it: common.py ---------------------------------
+
+
+def spread_depth(depth: int, stages: int) -> list[int]:
+    """`depth` units over `stages` stages, as evenly as can be, earlier stages first: (7, 3) -> [3, 2, 2]."""
+    if depth < 1:
+        raise RevtrainError(f"depth={depth} leaves nothing to train.\nExpected 1 or more repeated units.")
+    return [depth // stages + (stage < depth % stages) for stage in range(stages)]
+
+
+def units_of_stages(network: Network[Any]) -> list[int]:
+    """The units of every stage: `depth` of them, over one stage more than there are poolings."""
+    return spread_depth(network.depth, len(network.pooling) + 1)
+
+
+def advise_on_couplings(own: CouplingSettings) -> list[str]:
+    """Sums on a grid are undone exactly: a plain stream has the only noise that coupling blocks themselves have."""
+    return ["stream=auto"] if own.stream == "plain" else []
+
+
+def advise_on_invertible_layers(slope: float, own: InvertibleSettings) -> list[str]:
+    """Less gain, more negative BN gains, a larger slope: see docs/numerics.md."""
+    ways = []
+    if own.max_gain is None or own.max_gain > 1:
+        ways.append("max_gain=1")
+    if own.norm_sign != "negative":
+        ways.append("norm_sign=" + {"positive": "mixed", "mixed": "negative"}[own.norm_sign])
+    if slope < 0.5:
+        ways.append(f"a larger slope (now {slope:g})")
+    return [*ways, f"a larger epsilon_i (now {own.epsilon_i:g})"]

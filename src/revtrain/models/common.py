@@ -1,4 +1,4 @@
-"""What the architectures share: the stem, the spread of depth over stages, and the reversible net itself."""
+"""What several architectures share: the stem, ordinary residual functions, and the fully invertible network."""
 
 from __future__ import annotations
 
@@ -7,21 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from revtrain.config import Network
+from revtrain.config import CouplingSettings, Network
 from revtrain.core.chain import InvertibleChain
 from revtrain.core.layer import InvertibleLayer
 from revtrain.core.names import former_names
 from revtrain.core.state_format import PLAIN, StateFormat
 from revtrain.errors import RevtrainError
 from revtrain.layers import BatchPooling, ChannelPooling, Head, check_pooling
-from revtrain.models import Images
-
-
-def spread_depth(depth: int, stages: int) -> list[int]:
-    """`depth` units over `stages` stages, as evenly as can be, earlier stages first: (7, 3) -> [3, 2, 2]."""
-    if depth < 1:
-        raise RevtrainError(f"depth={depth} leaves nothing to train.\nExpected 1 or more repeated units.")
-    return [depth // stages + (stage < depth % stages) for stage in range(stages)]
+from revtrain.models import Images, units_of_stages
 
 
 def conv3x3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
@@ -90,7 +83,7 @@ def build_reversible(
     check_pooling(network.pooling, images.size)
     channels, sub_images = network.width, 1
     layers: list[InvertibleLayer] = []
-    for stage, units in enumerate(spread_depth(network.depth, len(network.pooling) + 1)):
+    for stage, units in enumerate(units_of_stages(network)):
         if stage > 0:
             kind = network.pooling[stage - 1]
             if kind == "channel":
@@ -111,9 +104,6 @@ def build_reversible(
     return ReversibleNet(conv3x3(3, network.width), trunk)
 
 
-def state_format(network: Network[Any]) -> StateFormat:
+def state_format(network: Network[CouplingSettings]) -> StateFormat:
     """The number format of the coupling blocks' states: `stream`, or by precision 32 or 16 bit."""
-    name = network.own.stream
-    if name == "auto":
-        name = "float32" if network.precision == "fp32" else "int16"
-    return StateFormat(name, network.own.grid_bits)
+    return StateFormat(network.own.state_format(network.precision), network.own.grid_bits)

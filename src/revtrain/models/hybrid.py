@@ -25,7 +25,24 @@ from typing import TYPE_CHECKING
 
 from revtrain.config import CouplingSettings, InvertibleSettings, Network
 from revtrain.errors import RevtrainError
-from revtrain.models import Images, Traits
+from revtrain.memory.closed_form import Module, Term, Work
+from revtrain.memory.formulas import (
+    Stage,
+    Symbols,
+    Unit,
+    both_functions,
+    convolution,
+    gradient,
+    invertible_layers_bytes,
+    invertible_trunk,
+    local,
+    scratch,
+    scratch_of_convolution,
+    scratch_of_sum,
+    statistics_bytes,
+    sum_of_coupling,
+)
+from revtrain.models import Images, Traits, advise_on_couplings, advise_on_invertible_layers, units_of_stages
 
 if TYPE_CHECKING:
     from revtrain.core.chain import InvertibleChain
@@ -81,3 +98,48 @@ def build(network: Network[Settings], images: Images) -> ReversibleNet:
         ]
 
     return build_reversible(network, images, block, stream)
+
+
+def memory(network: Network[Settings], images: Images) -> list[Module]:
+    """The closed form (section 4.2): two states, F's own state and its gradient. Symbols: memory.formulas, and
+
+        d   bytes of a value of the state inside F: 4, or a where the stream is of integers
+
+    Leading BN and LeakyReLU are recomputed from the source, so signs of the second LeakyReLU only are kept.
+    """
+    symbols, equation = Symbols(network), "section 4.2"
+    a, g, v = symbols.a, symbols.g, symbols.v
+    d = g
+
+    def unit(stage: Stage, of_state: Term) -> Unit:
+        half, quarter, h = stage.channels // 2, stage.channels // 4, stage.half
+        functions = 2 * UNITS_PER_FUNCTION  # units of layers in F and G
+        inside = (
+            local("inside F: its state", equation, "h d", h * d),
+            local("inside F: signs of LeakyReLU 2, a bit each", equation, "h / 8", h / 8),
+        )
+        of_inside = gradient("inside F: gradient of its state", equation, "h g", h * g)
+        taken_off = scratch(scratch_of_sum(symbols, symbols.chunk_bytes / d, d))
+        at_convolution = scratch(scratch_of_convolution(symbols, d, quarter))
+        return Unit(
+            parameters=functions * (2 * convolution(quarter, quarter) + 2 * half),
+            buffer_bytes=statistics_bytes(functions * half, counters=symbols.on_grid)
+            + functions * invertible_layers_bytes(network.own, quarter, convolutions=2),
+            rebuilt=(
+                Work("backward", (of_state, *inside, taken_off)),
+                Work("backward", (of_state, *inside, of_inside, at_convolution)),
+            ),
+            stored=both_functions(
+                "inputs of the layers of F and G",
+                f"{UNITS_PER_FUNCTION} h (2 v + a)",
+                UNITS_PER_FUNCTION * h * (2 * v + a),
+            ),
+            storing=(sum_of_coupling(symbols, stage, v, y1_is_saved=False),),
+        )
+
+    return invertible_trunk(symbols, *images, units_of_stages(network), unit, equation)
+
+
+def advise(network: Network[Settings]) -> list[str]:
+    """Noise piles up inside a block only, from layer to layer of F and G."""
+    return advise_on_couplings(network.own) + advise_on_invertible_layers(network.slope, network.own)

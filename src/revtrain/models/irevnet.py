@@ -27,7 +27,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from revtrain.config import CouplingSettings, Network
-from revtrain.models import Images, Traits
+from revtrain.memory.closed_form import Module, Term
+from revtrain.memory.formulas import (
+    Stage,
+    Symbols,
+    Unit,
+    invertible_trunk,
+    preactivated_parameters,
+    preactivated_rebuilt,
+    preactivated_stored,
+    preactivated_storing,
+    statistics_bytes,
+)
+from revtrain.models import Images, Traits, advise_on_couplings, units_of_stages
 
 if TYPE_CHECKING:
     from revtrain.models.common import ReversibleNet
@@ -59,3 +71,24 @@ def build(network: Network[Settings], images: Images) -> ReversibleNet:
         ]
 
     return build_reversible(network, images, block, stream)
+
+
+def memory(network: Network[Settings], images: Images) -> list[Module]:
+    """The closed form (Eqs. 12, 13): two states, and all activations inside one F. Symbols: memory.formulas."""
+    symbols, equation = Symbols(network), "Eqs. 12, 13"
+
+    def unit(stage: Stage, of_state: Term) -> Unit:
+        return Unit(
+            parameters=preactivated_parameters(stage.channels),
+            buffer_bytes=statistics_bytes(2 * stage.channels, torch_norms=4, counters=symbols.on_grid),
+            rebuilt=preactivated_rebuilt(symbols, stage, equation, (of_state,)),
+            stored=preactivated_stored(symbols, stage),
+            storing=preactivated_storing(symbols, stage),
+        )
+
+    return invertible_trunk(symbols, *images, units_of_stages(network), unit, equation)
+
+
+def advise(network: Network[Settings]) -> list[str]:
+    """Only the sums of coupling blocks can be off."""
+    return advise_on_couplings(network.own)

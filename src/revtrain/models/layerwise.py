@@ -21,7 +21,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from revtrain.config import InvertibleSettings, Network
-from revtrain.models import Images, Traits
+from revtrain.memory.closed_form import EQ_STORED, FLOAT, Module, Term, Work
+from revtrain.memory.formulas import (
+    Stage,
+    Symbols,
+    Unit,
+    both_functions,
+    convolution,
+    invertible_layers_bytes,
+    invertible_trunk,
+    local,
+    scratch,
+    scratch_of_convolution,
+    statistics_bytes,
+)
+from revtrain.models import Images, Traits, advise_on_invertible_layers, units_of_stages
 
 if TYPE_CHECKING:
     from revtrain.models.common import ReversibleNet
@@ -49,3 +63,33 @@ def build(network: Network[Settings], images: Images) -> ReversibleNet:
         )
 
     return build_reversible(network, images, unit, normalise_last=False)
+
+
+def memory(network: Network[Settings], images: Images) -> list[Module]:
+    """The closed form (Eq. 30): one state, one gradient, and a chunk of temporaries. Symbols: memory.formulas."""
+    symbols = Symbols(network)
+    a, v = symbols.a, symbols.v
+
+    def unit(stage: Stage, of_state: Term) -> Unit:
+        half, h = stage.channels // 2, stage.half
+        return Unit(
+            parameters=2 * convolution(half, half) + 2 * stage.channels,
+            buffer_bytes=statistics_bytes(stage.channels) + invertible_layers_bytes(network.own, half, convolutions=2),
+            rebuilt=(Work("backward", (of_state, scratch(scratch_of_convolution(symbols, FLOAT, half)))),),
+            stored=both_functions("inputs of F and G, of BN (centred) and LeakyReLU", "h (2 v + a)", h * (2 * v + a)),
+            storing=(
+                Work(
+                    "forward",
+                    (local("BN: its input, and the product before the sum", EQ_STORED, "2 E v", 4 * h * v),),
+                ),
+            ),
+        )
+
+    return invertible_trunk(
+        symbols, *images, units_of_stages(network), unit, "Eq. 30", unit_name="unit", normalise_last=False
+    )
+
+
+def advise(network: Network[Settings]) -> list[str]:
+    """Noise piles up from layer to layer: every layer should amplify less of it."""
+    return advise_on_invertible_layers(network.slope, network.own)

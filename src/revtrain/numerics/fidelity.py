@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
+
+from revtrain.config import Network
+from revtrain.models import advise, less_noisy, traits
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +36,7 @@ def summarise_gradients(parameters: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def trusted(line: dict[str, Any]) -> bool | None:
+def trusted(line: Mapping[str, Any]) -> bool | None:
     """Whether every parameter's gradient points where the true one does, as far as reconstruction decides it.
 
     Args:
@@ -47,8 +51,8 @@ def trusted(line: dict[str, Any]) -> bool | None:
 class FidelityWatch:
     """Says once, and clearly, when rounding has taken the gradients over."""
 
-    def __init__(self, cfg: Any):
-        self.cfg, self.warned = cfg, False
+    def __init__(self, network: Network[Any]):
+        self.network, self.warned = network, False
 
     def look(self, line: dict[str, Any]) -> None:
         """`line`: of metrics.jsonl."""
@@ -62,22 +66,16 @@ class FidelityWatch:
             "           the true one, since activations are %s.\n"
             "           Try %s.",
             line["epoch"], gradients["minimum_cosine_parameter"], gradients["minimum_cosine"], where,
-            self._advice(),
+            ", ".join(remedies(self.network)),
         )  # fmt: skip
 
-    def _advice(self) -> str:
-        cfg, ways = self.cfg, []
-        if "max_gain" in cfg:
-            if cfg.max_gain is None or cfg.max_gain > 1:
-                ways.append("max_gain=1")
-            if cfg.norm_sign != "negative":
-                ways.append("norm_sign=" + {"positive": "mixed", "mixed": "negative"}[cfg.norm_sign])
-            if cfg.slope < 0.5:
-                ways.append(f"a larger slope (now {cfg.slope:g})")
-            ways.append(f"a larger epsilon_i (now {cfg.epsilon_i:g})")
-        if cfg.precision != "fp32":
-            ways.append("precision=fp32")
-        if cfg.arch != "chunked":
-            ways.append(f"a smaller depth (now {cfg.depth})")
-            ways.append("arch=hybrid" if cfg.arch == "layerwise" else "arch=chunked")
-        return ", ".join(ways) or "backward=store"
+
+def remedies(network: Network[Any]) -> list[str]:
+    """What to change on the command line for less noise of reconstruction, the best first; never empty."""
+    ways = advise(network)
+    if network.precision != "fp32":
+        ways.append("precision=fp32")
+    if traits(network.arch).noise != "nowhere":
+        ways.append(f"a smaller depth (now {network.depth})")
+        ways += [f"arch={name}" for name in less_noisy(network.arch)]
+    return ways or ["backward=store"]

@@ -471,11 +471,11 @@ def read_chain(model: nn.Module, images: Tensor) -> dict[str, LayerTheory]:
     """The closed forms at the true activations of a layer-wise network in training mode.
 
     Args:
-        model: one chain of the layers in THEORY_OF (`arch=layerwise`); not changed. Its `backward` mode does not
+        model: one chain of the layers in THEORY_OF; not changed. Its `backward` mode does not
             matter. images: (B, 3, H, W), normalised, on the model's device.
 
     Returns layer name -> its theory, in forward order, with the names of `probe_snr`. Takes about three times the
-    memory of all activations. Raises `RevtrainError` for a layer without a closed form, such as hybrid's blocks.
+    memory of all activations. Raises `RevtrainError` for a layer without a closed form, such as a coupling block.
     """
     model = copy.deepcopy(model).train()
     for module in model.modules():
@@ -497,7 +497,7 @@ class _Reader:
         if type(layer) not in THEORY_OF:
             raise RevtrainError(
                 f"{type(layer).__name__} has no closed form of its noise.\n"
-                f"Expected a chain of: {', '.join(kind.__name__ for kind in THEORY_OF)} (arch=layerwise).\n"
+                f"Expected a chain of: {', '.join(kind.__name__ for kind in THEORY_OF)}.\n"
                 "`revtrain.numerics.snr.probe_snr` measures any chain."
             )
         self.layers.append((layer, THEORY_OF[type(layer)](layer, x.detach())))

@@ -11,20 +11,20 @@ margin is kept for what the count of live bytes cannot see, see `margin_bytes`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
-from importlib.resources import files
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig
 
-from revtrain.config import DataConfig, flat, parse_memory, read, registry
+from revtrain.config import Config, DataConfig, Network, parse_memory, read, registry
 from revtrain.data import Facts
 from revtrain.errors import RevtrainError
 from revtrain.machine import device as devices
-from revtrain.memory.closed_form import MemoryModel, analytic_memory
-from revtrain.models import architectures, traits
+from revtrain.memory.closed_form import MemoryModel
+from revtrain.models import Images, analytic_memory, architectures, traits
 from revtrain.planning.predict import StepPredictor
 
 MIB = 2**20
@@ -112,12 +112,13 @@ class Plan:
 
     def refusal(self) -> RevtrainError:
         """Why the run may not start, and what to do instead."""
-        asked = f"memory_limit={self.limit_given}" if self.limit_given else f"{self.device}: {_mib(self.limit_bytes)}"
+        limit = _mib(self.limit_bytes or 0)
+        asked = f"memory_limit={self.limit_given}" if self.limit_given else f"{self.device}: {limit}"
         margin = f" and a margin of {_mib(self.margin_bytes)}" if self.margin_bytes else ""
         lines = [
             f"{asked} is too little for arch={self.arch} width={self.width} batch={self.batch} at "
             f"{self.image_size}x{self.image_size}:",
-            f"a training step needs {_mib(self.peak_bytes)}{margin}; the limit is {_mib(self.limit_bytes)}.",
+            f"a training step needs {_mib(self.peak_bytes)}{margin}; the limit is {limit}.",
         ]
         if self.largest_batch:
             lines.append(f"The largest batch that fits is batch={self.largest_batch}; batch=auto takes it.")
@@ -131,22 +132,22 @@ class Plan:
         return RevtrainError("\n".join(lines))
 
     def _verdict(self) -> str:
-        rest = self.limit_bytes - self.needed_bytes
+        rest = (self.limit_bytes or 0) - self.needed_bytes
         return f"{_mib(abs(rest))} {'to spare' if rest >= 0 else 'too much'}"
 
 
 def make_plan(
-    cfg: Any,
+    cfg: DictConfig | Config,
     device: torch.device,
     classes: int | None = None,
     image_size: int | None = None,
     training_images: int | None = None,
 ) -> Plan:
-    """The plan of the run that `cfg` describes, without its data.
+    """The plan of a run, without its data.
 
     Args:
-        cfg: the composed configuration; `batch=auto` becomes the largest batch that fits, `memory_limit` or, on
-            CUDA, the free memory is the limit.
+        cfg: the configuration, composed or read; `batch=auto` becomes the largest batch that fits, `memory_limit` or,
+            on CUDA, the free memory is the limit.
         device: where the run will be. On CUDA a margin is kept, see `margin_bytes`.
         classes, image_size, training_images: of the data; None: what `cfg.data` tells, or else 10 classes,
             32x32 pixels and no bound, which `Plan.assumptions` then says.
@@ -156,79 +157,98 @@ def make_plan(
             a network that cannot be built.
     """
     config = read(cfg)
-    cfg = OmegaConf.create(flat(config))
-    assumptions = []
-    if classes is None and image_size is None:
+    network, batch = config.network, config.training.batch
+    given = batch if isinstance(batch, int) else None  # None: batch=auto
+    assumptions: list[str] = []
+    if classes is None or image_size is None:
         classes, image_size, training_images, assumptions = _without_data(config.data)
-    if cfg.batch != "auto" and training_images is not None and cfg.batch > training_images:
-        raise RevtrainError(
-            f"batch={cfg.batch} was given; the training set has {training_images} images.\n"
-            f"Use batch={training_images} or less."
-        )
-    limit = limit_bytes(cfg, device)
-    if limit is None and cfg.batch == "auto":
+    images = Images(classes, image_size)
+    if given is not None:
+        check_batch(given, training_images)
+    limit = limit_bytes(config.machine.memory_limit, device)
+    if limit is None and given is None:
         raise RevtrainError(
             f"batch=auto was given without a limit; on {device.type} there is no card whose memory to fill.\n"
             "Add one, as in memory_limit=4GiB, or give a number, as in batch=512."
         )
     margin = margin_bytes(device, limit)
-    predict = StepPredictor(cfg, classes, image_size)
-
-    def peak(batch: int) -> int:
-        step = predict(batch)
-        if device.type != "cuda":
-            return step.peak
-        # there the optimizer takes all parameters at once, and adds the weight decay to a copy of the gradients
-        return max(step.peak, step.parameters + 2 * step.gradients + step.optimizer)
+    predict = StepPredictor(config, classes, image_size)
+    peak = partial(_peak, predict, device)
 
     largest = None
     if limit is not None:
-        per_image, guess = _first_guess(cfg, classes, image_size, limit - margin)
-        first = guess // 2 if cfg.batch == "auto" else cfg.batch  # both serve for the slope as well
+        per_image, guess = _first_guess(config, images, limit - margin)
+        first = guess // 2 if given is None else given  # both serve for the slope as well
         largest = largest_batch(peak, limit - margin, training_images or MOST_IMAGES, per_image, first)
-    batch = cfg.batch
-    if batch == "auto":
-        batch = largest or LEAST_BATCH  # where nothing fits, the numbers of the smallest batch say why
-    others = [other for other in predict.known if not batch / 1.5 < other < batch * 1.5] or [batch // 2]
-    per_image = (peak(batch) - peak(others[0])) / (batch - others[0])
-    step, whole = predict(batch), peak(batch)
-    activations = round(per_image * batch)
-    rest = whole - step.parameters - step.gradients - step.optimizer - activations
+    batch = given or largest or LEAST_BATCH  # where nothing fits, the numbers of the smallest batch say why
+    fits = limit is None or peak(batch) + margin <= limit
     plan = Plan(
-        arch=cfg.arch,
-        width=cfg.width,
-        depth=cfg.depth,
-        backward=cfg.backward,
-        precision=cfg.precision,
+        arch=network.arch,
+        width=network.width or 0,
+        depth=network.depth or 0,
+        backward=network.backward,
+        precision=network.precision,
         device=str(device),
         batch=batch,
         image_size=image_size,
         classes=classes,
         training_images=training_images,
         parameters=predict.parameters,
-        parameter_bytes=step.parameters,
-        gradient_bytes=step.gradients + min(0, rest),  # a peak before the last gradients are there
-        optimizer_bytes=step.optimizer,
-        activation_bytes=activations,
-        bytes_per_pixel=per_image / image_size**2,
-        scratch_bytes=max(0, rest),
-        peak_bytes=whole,
+        **_terms(predict, peak, batch),
         margin_bytes=margin,
         limit_bytes=limit,
-        limit_given=cfg.memory_limit,
+        limit_given=config.machine.memory_limit,
         largest_batch=largest,
-        alternatives=() if limit is None or whole + margin <= limit else
-        tuple(_alternatives(cfg, classes, image_size, batch, limit - margin)),
+        alternatives=() if fits or limit is None else alternatives(config, images, batch, limit - margin),
         assumptions=tuple(assumptions),
-    )  # fmt: skip
-    if cfg.batch == "auto" and not largest:
+    )
+    if given is None and not largest:
         raise plan.refusal()
     return plan
 
 
-def limit_bytes(cfg: Any, device: torch.device) -> int | None:
+def _peak(predict: StepPredictor, device: torch.device, batch: int) -> int:
+    """Most bytes alive at any time of a step on `device`."""
+    step = predict(batch)
+    if device.type != "cuda":
+        return step.peak
+    # there the optimizer takes all parameters at once, and adds the weight decay to a copy of the gradients
+    return max(step.peak, step.parameters + 2 * step.gradients + step.optimizer)
+
+
+def _terms(predict: StepPredictor, peak: Callable[[int], int], batch: int) -> dict[str, Any]:
+    """The parts of a plan's peak, by the names that `Plan` has for them; they add up to it."""
+    others = [other for other in predict.known if not batch / 1.5 < other < batch * 1.5] or [batch // 2]
+    per_image = (peak(batch) - peak(others[0])) / (batch - others[0])
+    step, activations = predict(batch), round(per_image * batch)
+    rest = peak(batch) - step.parameters - step.gradients - step.optimizer - activations
+    return {
+        "parameter_bytes": step.parameters,
+        "gradient_bytes": step.gradients + min(0, rest),  # a peak before the last gradients are there
+        "optimizer_bytes": step.optimizer,
+        "activation_bytes": activations,
+        "bytes_per_pixel": per_image / predict.image_size**2,
+        "scratch_bytes": max(0, rest),
+        "peak_bytes": peak(batch),
+    }
+
+
+def check_batch(batch: int, training_images: int | None) -> None:
+    """Refuse a batch that is larger than the training set.
+
+    Args:
+        training_images: how many there are; None: not known, nothing is refused.
+    """
+    if training_images is not None and batch > training_images:
+        raise RevtrainError(
+            f"batch={batch} was given; the training set has {training_images} images.\n"
+            f"Use batch={training_images} or less."
+        )
+
+
+def limit_bytes(memory_limit: str | None, device: torch.device) -> int | None:
     """The memory that a run may use: `memory_limit`, on CUDA no more than is free; None: no limit."""
-    given = None if cfg.memory_limit is None else parse_memory(cfg.memory_limit)
+    given = None if memory_limit is None else parse_memory(memory_limit)
     if device.type != "cuda":
         return given
     free = devices.available_bytes(device)
@@ -246,7 +266,7 @@ def margin_bytes(device: torch.device, limit: int | None) -> int:
     return max(LEAST_MARGIN_BYTES, round(MARGIN_SHARE * limit))
 
 
-def cap_memory(cfg: Any, device: torch.device) -> None:
+def cap_memory(memory_limit: str | None, device: torch.device) -> None:
     """Let the allocator of a CUDA device behave like that of a card with `memory_limit`; without one, lift the cap.
 
     The cap is on reserved memory. The driver's own part (some 100 MiB a process) comes on top, as it would on any
@@ -254,7 +274,7 @@ def cap_memory(cfg: Any, device: torch.device) -> None:
     """
     if device.type == "cuda":
         total = devices.total_memory_bytes(device)
-        limit = total if cfg.memory_limit is None else parse_memory(cfg.memory_limit)
+        limit = total if memory_limit is None else parse_memory(memory_limit)
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
 
 
@@ -290,51 +310,68 @@ def largest_batch(peak: Callable[[int], int], budget: int, most: int, per_image:
         per_image = (peak(at) - peak(before)) / (at - before) or per_image
 
 
-def _first_guess(cfg: Any, classes: int, image_size: int, budget: int) -> tuple[float, int]:
+def _first_guess(config: Config, images: Images, budget: int) -> tuple[float, int]:
     """(bytes an image, largest batch) by the closed form; a guess where there is none."""
-    model = _closed_form(cfg, classes, image_size)
+    model = _closed_form(config, images)
     if model is None:
-        return 1024.0 * image_size**2, 64
-    lines = [(moment.bytes_per_pixel * image_size**2, moment.fixed_bytes) for moment in model.moments]
+        return 1024.0 * images.size**2, 64
+    lines = [(moment.bytes_per_pixel * images.size**2, moment.fixed_bytes) for moment in model.moments]
     batch = min((budget - fixed) / slope for slope, fixed in lines)
     return max(slope for slope, _ in lines), int(batch)
 
 
-def _closed_form(cfg: Any, classes: int, image_size: int) -> MemoryModel | None:
+def _closed_form(config: Config, images: Images) -> MemoryModel | None:
     try:
-        return analytic_memory(cfg, classes, image_size)
+        return analytic_memory(config, images.classes, images.size)
     except RevtrainError:
         return None  # an architecture without one
 
 
-def _alternatives(cfg: Any, classes: int, image_size: int, batch: int, budget: int) -> Iterator[str]:
-    """Words for the command line that make the run fit at the same batch, by the closed forms, smallest first."""
-    candidates = {}
-    if traits(cfg.arch).reversible and cfg.backward == "store":
-        candidates["backward=invert"] = OmegaConf.merge(cfg, {"backward": "invert"})
-    own = [field.name for field in fields(read(cfg).network.own)] if read(cfg).network.own is not None else []
-    common = OmegaConf.masked_copy(cfg, [key for key in cfg if key not in own])
-    for name in architectures():
-        if name != cfg.arch:
-            settings = OmegaConf.load(str(files("revtrain.conf") / "arch" / f"{name}.yaml"))
-            other = OmegaConf.merge(common, settings, {"backward": "invert"})
-            words = f"arch={name} width={other.width}"
-            if traits(name).reversible and cfg.backward == "store":
-                words += " backward=invert"
-            candidates[words] = other
+# ---- what would fit instead ----------------------------------------------------------------------
+
+
+def alternatives(config: Config, images: Images, batch: int, budget: int) -> tuple[str, ...]:
+    """Words for the command line that make a run fit at the same batch, by the closed forms, smallest first.
+
+    Args:
+        config: of the run that does not fit.
+        batch: of one process.
+        budget: bytes that a training step may take.
+    """
+    network = config.network
+    stores = traits(network.arch).reversible and network.backward == "store"
+    candidates = {"backward=invert": replace(network, backward="invert")} if stores else {}
+    for arch in architectures():
+        if arch != network.arch and (other := _as_its_yaml_has_it(arch, network)):
+            also = " backward=invert" if stores and traits(arch).reversible else ""
+            candidates[f"arch={arch} width={other.width}{also}"] = other
     found = []
-    for words, other in candidates.items():
-        model = _closed_form(other, classes, image_size)
-        if model is not None and SPARE * (needed := model.peak_bytes(batch, image_size)) <= budget:
+    for words, candidate in candidates.items():
+        model = _closed_form(replace(config, network=candidate), images)
+        if model is not None and SPARE * (needed := model.peak_bytes(batch, images.size)) <= budget:
             found.append((needed, words))
-    for needed, words in sorted(found):
-        yield f"{words} (about {_mib(needed)})"
+    return tuple(f"{words} (about {_mib(needed)})" for needed, words in sorted(found))
+
+
+def _as_its_yaml_has_it(arch: str, like: Network[Any]) -> Network[Any] | None:
+    """The network that `arch=` alone would give, in all else like another one; None: no yaml gives it a size."""
+    given, kind = registry.preset("arch", arch), registry.settings("models", arch)
+    if not {"depth", "width"} <= given.keys():
+        return None
+
+    def of(part: type) -> dict[str, Any]:
+        return {each.name: given[each.name] for each in fields(part) if each.name in given}
+
+    return replace(like, **of(Network) | {"backward": "invert", "own": kind(**of(kind)) if kind else None})
+
+
+# ---- the data, not looked at ---------------------------------------------------------------------
 
 
 def _without_data(data: DataConfig[Any]) -> tuple[int, int, int | None, list[str]]:
     """(classes, image size, training images, what was assumed) of a data set that is not looked at."""
-    find = getattr(registry.load("data", data.name), "facts", lambda data: Facts())
-    facts = find(data)
+    source = registry.load("data", data.name)
+    facts = source.facts(data) if hasattr(source, "facts") else Facts()
     classes, size = data.classes or facts.classes or 10, data.image_size or facts.image_size or 32
     assumed = []
     if not ((data.classes or facts.classes) and (data.image_size or facts.image_size)):

@@ -50,6 +50,7 @@ class Group:
     task: str  # the data, as far as it tells groups apart
     runs: list[Run]
     counted: list[Run]
+    colour: int = 0  # a number for its architecture, the same on every page
     overhead: float | None = None  # step time relative to `backward=store`
 
     @property
@@ -104,8 +105,9 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
     ]
     _name(groups, list(flat.values()))
     groups.sort(key=_order)
+    colours = _colours({group.arch for group in groups})
     for number, group in enumerate(groups, start=1):
-        group.number = number
+        group.number, group.colour = number, colours[group.arch]
     _compare(groups)
     return groups
 
@@ -206,20 +208,16 @@ def _key(run: Run, apart: tuple[str, ...]) -> str:
     return json.dumps(config, sort_keys=True)
 
 
+def _colours(arches: set[str]) -> dict[str, int]:
+    """Those that are found here first; then those of runs from elsewhere, or of before."""
+    found = registry.names("models")
+    return {arch: number for number, arch in enumerate([*found, *sorted(arches - {*found})])}
+
+
 def _order(group: Group) -> tuple[Any, ...]:
-    known = (
-        registry.names("models").index(group.arch)
-        if group.arch in registry.names("models")
-        else len(registry.names("models"))
-    )
     config = flatten(group.counted[0].config)
-    return (
-        group.task,
-        known,
-        group.arch,
-        [_sortable(config.get(key)) for key in group.settings],
-        str(group.runs[0].path),
-    )
+    settings = [_sortable(config.get(key)) for key in group.settings]
+    return group.task, group.arch, settings, str(group.runs[0].path)
 
 
 def _sortable(value: Any) -> tuple[int, float, str]:

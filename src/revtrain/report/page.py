@@ -11,9 +11,8 @@ from datetime import datetime
 from html import escape
 from typing import Any
 
-from revtrain.config import registry
 from revtrain.report.group import Group, pareto
-from revtrain.report.svg import Axis, Chart, Line, Point, key
+from revtrain.report.svg import COLOURS, Axis, Chart, Line, Point, key
 from revtrain.report.tables import (
     GROUP_COLUMNS,
     GROUP_NOTES,
@@ -97,7 +96,7 @@ svg .label { fill: var(--ink); font-weight: 600; stroke: var(--paper); stroke-wi
 .bar { fill: none; stroke: currentColor; stroke-width: 1.2; opacity: .55; }
 .ring { fill: none; stroke: var(--ink); stroke-width: 1.5; }
 .front { fill: none; stroke: var(--ink); stroke-width: 1.3; stroke-dasharray: 2 3; }
-""" + "\n".join(f".s{index} {{ color: var(--c{index}); }}" for index in range(8))
+""" + "\n".join(f".s{index} {{ color: var(--c{index}); }}" for index in range(COLOURS))
 
 
 def page(groups: Sequence[Group], problems: Sequence[Problem], paths: Iterable[Any]) -> str:
@@ -162,7 +161,7 @@ def _decorated(column: Column, group: Group, cell: str) -> str:
     if column.head == "#":
         return f'<a href="#configuration-{group.number}">{_text(cell)}</a>'
     if column.head == "architecture":
-        return f'<span class="swatch" style="background: var(--c{_colour(group)})"></span>{_text(cell)}'
+        return f'<span class="swatch" style="background: var(--c{group.colour % COLOURS})"></span>{_text(cell)}'
     return _text(cell)
 
 
@@ -242,7 +241,7 @@ def _pareto_chart(groups: Sequence[Group], memory: str, label: str, remark: str)
             f"{group.number}. {group.label}: {spread(accuracy, '.2f')} % (n={accuracy.n}), {number(x, ',.4g')} {label}"
         )
         said += "" if group.completed else f", {group.status}"
-        point = Point(x, accuracy.mean, str(group.number), said, _colour(group), accuracy.std)
+        point = Point(x, accuracy.mean, str(group.number), said, group.colour, accuracy.std)
         point.hollow = not group.completed
         found.append((group, point))
     if not found:
@@ -260,9 +259,7 @@ def _pareto_chart(groups: Sequence[Group], memory: str, label: str, remark: str)
     )
     chart.staircase([(point.x, point.y) for point in front], "Pareto front")
     chart.points(points)
-    keys = [
-        key(arch, style, "mark") for arch, style in dict.fromkeys((group.arch, _colour(group)) for group, _ in found)
-    ]
+    keys = [key(arch, style, "mark") for arch, style in dict.fromkeys((group.arch, group.colour) for group, _ in found)]
     keys += [key("not completed", 7, "hollow")] if len(compared) < len(points) else []
     keys += [key("Pareto front (ringed)", 7, "front")] if front else []
     return _panel(chart, keys)
@@ -278,7 +275,9 @@ def _snr(groups: Sequence[Group]) -> str:
     several = len({task for task, _ in arches}) > 1
     parts = []
     for (task, arch), members in arches.items():
-        profiles, minima, keys = [], [], []
+        profiles: list[Line] = []
+        minima: list[Line] = []
+        keys: list[str] = []
         for group in members:
             style, before = len(keys), len(profiles) + len(minima)
             for run in group.counted:
@@ -407,11 +406,6 @@ def _of_seed(run: Run) -> str:
 
 def _drawable(value: float) -> bool:
     return value == 0 or SMALLEST <= abs(value) < LARGEST
-
-
-def _colour(group: Group) -> int:
-    """Each architecture has its own, on every page."""
-    return registry.names("models").index(group.arch) if group.arch in registry.names("models") else 7
 
 
 def _many(count: int, noun: str) -> str:

@@ -170,12 +170,12 @@ def comma_separated(groups: Sequence[Group]) -> str:
         "arch": lambda group, run: run.arch,
         "settings": lambda group, run: group.described,
         **{
-            key: lambda group, run, key=key: run.config.get(key)
+            key: _setting(key)
             for key in ("depth", "width", "slope", "pooling", "backward", "batch", "precision", "seed", "epochs")
         },
         "epochs_done": lambda group, run: run.epochs_done,
         **{
-            key: lambda group, run, key=key: getattr(run, key)
+            key: _figure(key)
             for key in (
                 "params", "test_accuracy", "best_test_accuracy", "bytes_per_pixel", "step_peak_mib",
                 "vram_allocated_mib", "vram_reserved_mib", "snr_minimum_db", "snr_minimum_layer",
@@ -192,6 +192,14 @@ def comma_separated(groups: Sequence[Group]) -> str:
         for run in group.runs:
             writer.writerow([_cell(make(group, run)) for make in fields.values()])
     return text.getvalue()
+
+
+def _setting(key: str) -> Callable[[Group, Run], Any]:
+    return lambda group, run: run.config.get(key)
+
+
+def _figure(name: str) -> Callable[[Group, Run], Any]:
+    return lambda group, run: getattr(run, name)
 
 
 def _aligned(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str:

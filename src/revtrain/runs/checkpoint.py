@@ -1,28 +1,9 @@
 """`last.pt`: written in one step, read without running code from it, refused where it does not fit.
 
 A checkpoint is a file of `torch.save` with a SHA-256 of its bytes at the end, which `torch.load` passes over. The
-checkpoint before it is kept as `previous.pt`, and takes its place when it is damaged or missing. It holds a
-dictionary of plain containers and tensors:
-
-    format      "revtrain checkpoint 2"
-    config      the resolved configuration, a dictionary
-    overrides   the command line that made it, a list of strings
-    classes     number of classes of the data set
-    data        what inference needs of it: names of the classes, image_size in pixels, mean and std a channel (0..1)
-    images      number of training images
-    processes   that trained together under torchrun
-    epoch       epochs completed; 0 is the state before the first
-    partial     None, or what the epoch after that has come to (see `revtrain.training.run.Progress`)
-    model       state_dict
-    optimizer   state_dict
-    scaler      state_dict ({} but for fp16)
-    rng         states of torch's CPU and CUDA generators and of the data's generator
-    best_accuracy   best test accuracy so far, 0..1
-    lines       number of lines of metrics.jsonl so far
-
-The lines themselves stay in metrics.jsonl beside it: rewritten with each checkpoint they would make a long run's
-writing quadratic. The learning rate is a function of the step: there is no schedule to store. Format 1 (without
-checksum; `history` held the lines) is still read.
+checkpoint before it is kept as `previous.pt`, and takes its place when it is damaged or missing. What it holds is
+stated in `revtrain.runs.schema.Checkpoint`, with `format` beside it: the version of that statement. Files of another
+version are refused.
 """
 
 from __future__ import annotations
@@ -34,9 +15,9 @@ import logging
 import os
 import shlex
 import warnings
-import zipfile
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints, is_typeddict
 
 import torch
 from torch import nn
@@ -45,19 +26,25 @@ from revtrain.config import flatten
 from revtrain.errors import RevtrainError
 from revtrain.machine import torchrun as launch
 from revtrain.machine.files import write_atomic
+from revtrain.runs import schema
+from revtrain.runs.schema import CHECKPOINT as NAME
+from revtrain.runs.schema import METRICS, PREVIOUS, Line
 
 log = logging.getLogger(__name__)
 
-FORMAT = "revtrain checkpoint 2"
-OLD_FORMAT = "revtrain checkpoint 1"
-NAME = "last.pt"
-PREVIOUS = "previous.pt"
+FAMILY = "revtrain checkpoint "
+FORMAT = f"{FAMILY}3"
 SEAL = b"\nrevtrain sha256 "  # then 64 digits and a line feed end the file
-# of format 2, those that are read before the network is there to judge the others
-TYPES = {
-    "config": dict, "overrides": list, "classes": int, "images": int, "epoch": int, "partial": dict | None,
-    "model": dict, "optimizer": dict, "scaler": dict, "rng": dict, "best_accuracy": float, "lines": int,
-}  # fmt: skip
+
+
+def _classes(hint: Any) -> tuple[type, ...]:
+    """What `isinstance` must be asked for a value of this type: dict[str, Any] | None -> (dict, NoneType)."""
+    options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return tuple(dict if is_typeddict(each) else get_origin(each) or each for each in options)
+
+
+# checked before the network is there to judge the rest
+TYPES = {name: _classes(hint) for name, hint in get_type_hints(schema.Checkpoint).items()}
 # another value here is another network: the weights do not fit
 NETWORK_KEYS = ("arch", "depth", "width", "pooling")
 # another value here leaves every number of the run the same
@@ -137,19 +124,21 @@ def _read(path: Path, key: str) -> dict[str, Any]:
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a parser that is given any bytes at all may fail in any way
         raise refusal(f"the file is truncated, or no checkpoint at all.\n({_first_line(error)})") from error
-    if not isinstance(state, dict) or state.get("format") not in (FORMAT, OLD_FORMAT):
-        found = sorted(map(str, state))[:4] if isinstance(state, dict) else type(state).__name__
-        raise refusal(f"the file is no checkpoint of this revtrain ({FORMAT!r}).\nIt holds: {found}.")
-    if state["format"] == OLD_FORMAT:
-        state |= {"images": None, "partial": None}
-        whole = _zip_is_whole(content)  # torch does not look at its checksums
+    found = state.get("format") if isinstance(state, dict) else None
+    if isinstance(found, str) and found.startswith(FAMILY) and found != FORMAT:
+        raise RevtrainError(
+            f"{key}{path} was given; it is a {found!r}, of another version of revtrain; expected {FORMAT!r}.\n"
+            f"Use the version that wrote it ({schema.RESULT} beside it names that), or train anew."
+        )
+    if found != FORMAT:
+        held = sorted(map(str, state))[:4] if isinstance(state, dict) else type(state).__name__
+        raise refusal(f"the file is no checkpoint of this revtrain ({FORMAT!r}).\nIt holds: {held}.")
     if not whole:
         raise refusal("the file is truncated or damaged: its checksum is missing, or wrong.")
-    if state["format"] == FORMAT:
-        wrong = [name for name, kind in TYPES.items() if name not in state or not isinstance(state[name], kind)]
-        if wrong:
-            raise refusal(f"the file is incomplete: {', '.join(wrong)} missing, or not of the type expected.")
-        state["history"] = _read_lines(path.with_name("metrics.jsonl"), state["lines"], state["epoch"])
+    wrong = [name for name, kinds in TYPES.items() if name not in state or not isinstance(state[name], kinds)]
+    if wrong:
+        raise refusal(f"the file is incomplete: {', '.join(wrong)} missing, or not of the type expected.")
+    state["history"] = _read_lines(path.with_name(METRICS), state["lines"], state["epoch"])
     return state | {"path": path}
 
 
@@ -164,7 +153,7 @@ def put_in_place(state: dict[str, Any]) -> None:
         os.replace(state["path"], state["path"].with_name(NAME))
 
 
-def _read_lines(path: Path, count: int, epoch: int) -> list[dict[str, Any]]:
+def _read_lines(path: Path, count: int, epoch: int) -> list[Line]:
     """The first `count` lines of metrics.jsonl, the last of them of `epoch`; the checkpoint knows of no later ones."""
     try:
         with open(path, encoding="utf-8") as file:
@@ -176,13 +165,6 @@ def _read_lines(path: Path, count: int, epoch: int) -> list[dict[str, Any]]:
                     path, _first_line(error))  # fmt: skip
         return []
     return lines
-
-
-def _zip_is_whole(content: bytes) -> bool:
-    try:
-        return zipfile.ZipFile(io.BytesIO(content)).testzip() is None
-    except Exception:  # damage of any kind
-        return False
 
 
 def _seal(content: bytes | memoryview) -> bytes:

@@ -14,12 +14,16 @@ import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from revtrain.config import flat, read
+from revtrain.errors import RevtrainError
+from revtrain.runs.schema import CONFIG, HYDRA, METRICS, RESULT, Result
 
 RUNNING = "running or cut off"
 UNKNOWN = "unknown"
 MIB = 2**20
-FILES = ("result.json", "metrics.jsonl", ".hydra/config.yaml")
+FILES = (RESULT, METRICS, CONFIG)
 LARGEST_BYTES = 256 * MIB  # a run of a million epochs stays below
 DEEPEST = 40  # levels of nesting; a result has four
 LAST_EPOCH = 10**9
@@ -46,6 +50,7 @@ class Epoch:
     train_images: float | None = None
     train_seconds: float | None = None
     snr_minimum_db: float | None = None
+    gradient_cosine: float | None = None  # the least of all parameters
     vram_allocated_mib: float | None = None
     vram_reserved_mib: float | None = None
 
@@ -67,6 +72,7 @@ class Run:
     train_seconds: float | None = None
     images_per_second: float | None = None
     snr_db: dict[str, float] = field(default_factory=dict)  # of the last probe: layer -> dB, in forward order
+    first_snr_db: dict[str, float] = field(default_factory=dict)  # of the first probe
     snr_minimum_db: float | None = None
     snr_minimum_layer: str | None = None
     bytes_per_pixel: float | None = None
@@ -110,6 +116,29 @@ class _Unreadable(Exception):
     """Why a file is of no use."""
 
 
+def settled(config: dict[str, Any], stored: bool = False) -> dict[str, Any]:
+    """The configuration as a run records it: the keys that its architecture and data set have, each with the value
+    that it came to. One that cannot be read (it is of another program, or refused) is returned as it is.
+
+    Args:
+        config: resolved.
+        stored: it comes from a run of before (see `revtrain.config.read`).
+    """
+    try:
+        return flat(read({**config, "resume": None}, stored)) | {"resume": config.get("resume")}
+    except (RevtrainError, LookupError, TypeError, ValueError, AttributeError, ImportError):
+        return dict(config)
+
+
+def read_result(run_dir: str | Path) -> Result | None:
+    """result.json as a program of revtrain wrote it; None where there is none, or none that can be read."""
+    try:
+        result = json.loads((Path(run_dir) / RESULT).read_text())
+    except (OSError, ValueError):
+        return None
+    return cast(Result, result) if isinstance(result, dict) and "status" in result else None
+
+
 def gather(paths: Iterable[str | Path]) -> tuple[list[Run], list[Problem]]:
     """All runs at and below `paths`, each once, and everything that could not be read."""
     runs: list[Run] = []
@@ -149,7 +178,7 @@ def _folders(path: Path, problems: list[Problem]) -> Iterator[Path]:
 
     for name, folders, files in os.walk(path, onerror=refused):
         names = {*folders, *files}
-        if names & {"result.json", "metrics.jsonl"} or (".hydra" in names and _exists(Path(name, FILES[2]))):
+        if names & {RESULT, METRICS} or (HYDRA in names and _exists(Path(name, CONFIG))):
             found = True
             yield Path(name)
         folders[:] = sorted(each for each in folders if not each.startswith("."))
@@ -160,7 +189,7 @@ def _folders(path: Path, problems: list[Problem]) -> Iterator[Path]:
 def read_run(folder: Path, problems: list[Problem]) -> Run | None:
     """The run in `folder`, or None with the reasons in `problems`."""
 
-    def read(name: str, reader: Any) -> Any:
+    def taken(name: str, reader: Any) -> Any:
         path = folder / name
         if not _exists(path):
             return None
@@ -170,21 +199,21 @@ def read_run(folder: Path, problems: list[Problem]) -> Run | None:
             problems.append(Problem(path, str(error)))
             return None
 
-    result = read("result.json", _result)
-    history, layers = read("metrics.jsonl", _history) or ([], {})
+    result = taken(RESULT, _result)
+    history, first, last = taken(METRICS, _history) or ([], {}, {})
     config = result["config"] if result else None
     if not config:
-        config = read(".hydra/config.yaml", _yaml_config)
+        config = taken(CONFIG, _yaml_config)
     if not (result or history or config):
         return None
 
     # a result that is there, but of no use, leaves open how the run ended
-    ended = {"status": UNKNOWN if _exists(folder / "result.json") else RUNNING, "error": None}
+    ended = {"status": UNKNOWN if _exists(folder / RESULT) else RUNNING, "error": None}
     known = {key: value for key, value in (result or {}).items() if value not in (None, {})}
     arch = {"arch": known.pop("arch", None)}
-    values = _from_history(history, layers) | ended | known
+    values = _from_history(history, last) | ended | known | {"first_snr_db": first}
     values["epochs_done"] = max([known.get("epochs_done", 0), *(each.epoch for each in history)])
-    values["config"] = arch | (config or {})
+    values["config"] = arch | settled(config or {}, stored=True)
     return Run(path=folder, history=history, modified=max(_modified(folder / name) for name in FILES), **values)
 
 
@@ -225,13 +254,15 @@ def _result(path: Path, note: Any) -> dict[str, Any]:
     }
 
 
-def _history(path: Path, note: Any) -> tuple[list[Epoch], dict[str, float]]:
-    """The lines of metrics.jsonl that can be read, by epoch, of two for one epoch the later; and the last SNRs."""
+def _history(path: Path, note: Any) -> tuple[list[Epoch], dict[str, float], dict[str, float]]:
+    """The lines of metrics.jsonl that can be read, by epoch, of two for one epoch the later; the layers' SNRs of the
+    first probe, and of the last."""
     lines = [(number, line) for number, line in enumerate(_content(path).split(b"\n"), start=1) if line.strip()]
     if not lines:
         note("empty")
     epochs: dict[int, Epoch] = {}
-    probed: tuple[int, Any] = (-1, None)
+    first: tuple[int, Any] = (LAST_EPOCH + 1, {})
+    last: tuple[int, Any] = (-1, {})
     bad: list[str] = []
     for number, line in lines:
 
@@ -245,22 +276,24 @@ def _history(path: Path, note: Any) -> tuple[list[Epoch], dict[str, float]]:
             bad_line(str(error))
             continue
         epochs[epoch.epoch] = epoch
-        if epoch.snr_minimum_db is not None and epoch.epoch >= probed[0]:
-            probed = epoch.epoch, data["snr_db"]
-    layers = _layers(_Values(probed[1], bad.append, "snr_db.")) if probed[1] else {}
+        if epoch.snr_minimum_db is not None:
+            first = min(first, (epoch.epoch, data["snr_db"]), key=lambda each: each[0])
+            last = max((epoch.epoch, data["snr_db"]), last, key=lambda each: each[0])
+    layers = [_layers(_Values(probe, bad.append, "snr_db.")) for _, probe in (first, last)]
     if bad:
         others = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         note(f"{bad[0]}{others}; {len(epochs)} epochs were read")
-    return [epochs[number] for number in sorted(epochs)], layers
+    return [epochs[number] for number in sorted(epochs)], layers[0], layers[1]
 
 
 def _epoch(data: Any, note: Any) -> Epoch:
-    """One line, but for the SNRs of single layers: the last line's are enough."""
+    """One line, but for the SNRs of single layers: those of the first and the last probe are enough."""
     values = _Values(data if isinstance(data, dict) else {}, note)
     epoch = _number(values.data.get("epoch"), low=0, high=LAST_EPOCH)
     if epoch is None or epoch != int(epoch):
         raise _Unreadable("not a line of revtrain: it has no epoch")
     snr = _Values(values.mapping("snr_db"), note, "snr_db.")
+    gradients = _Values(values.mapping("gradients"), note, "gradients.")
     vram = _Values(values.mapping("peak_vram_mib"), note, "peak_vram_mib.")
     return Epoch(
         epoch=int(epoch),
@@ -271,6 +304,7 @@ def _epoch(data: Any, note: Any) -> Epoch:
         train_images=values.number("train_images", low=0),
         train_seconds=values.number("train_seconds", low=0),
         snr_minimum_db=snr.number("minimum"),
+        gradient_cosine=gradients.number("minimum_cosine"),
         vram_allocated_mib=vram.number("allocated", low=0),
         vram_reserved_mib=vram.number("reserved", low=0),
     )
@@ -331,7 +365,7 @@ class _Values:
 
     def _note(self, key: str, expected: str) -> None:
         value = self.data[key]
-        given = {dict: "a mapping", list: "a list"}.get(type(value)) or repr(value)[:40]
+        given = "a mapping" if isinstance(value, dict) else "a list" if isinstance(value, list) else repr(value)[:40]
         self.note(f"{self.prefix}{key} is {given}; expected {expected}")
 
 
@@ -350,14 +384,14 @@ def _layers(snr: _Values) -> dict[str, float]:
 def _from_history(history: list[Epoch], layers: dict[str, float]) -> dict[str, Any]:
     """What result.json would say, for a run that has none yet."""
     accuracies = [each.accuracy_test for each in history if each.accuracy_test is not None]
-    timed = [each for each in history if each.train_seconds and each.train_images]
-    seconds = sum(each.train_seconds for each in timed)
+    timed = [(each.train_images, each.train_seconds) for each in history if each.train_seconds and each.train_images]
+    seconds = sum(taken for _, taken in timed if taken)
     minima = [each.snr_minimum_db for each in history if each.snr_minimum_db is not None]
     return {
         "test_accuracy": accuracies[-1] if accuracies else None,
         "best_test_accuracy": max(accuracies, default=None),
         "train_seconds": seconds or None,
-        "images_per_second": sum(each.train_images for each in timed) / seconds if seconds else None,
+        "images_per_second": sum(images for images, _ in timed if images) / seconds if seconds else None,
         "snr_db": layers,
         "snr_minimum_db": minima[-1] if minima else None,
         "snr_minimum_layer": min(layers, key=layers.__getitem__, default=None),

@@ -30,15 +30,16 @@ from typing import Any
 from revtrain.config import flatten
 from revtrain.errors import RevtrainError
 from revtrain.machine.files import LOCK, claim
+from revtrain.runs import schema
+from revtrain.runs.read import read_result, settled
+from revtrain.runs.schema import ENDED, Result
 from revtrain.runs.writer import new_result, write_result
 
 log = logging.getLogger(__name__)
 
 # no figure of a run depends on them; data.root is where the archive lies, but for data=imagefolder it is the data
 NEUTRAL = ("resume", "experiment", "device", "data.root", "data.url", "data.cache")
-ENDED = ("completed", "planned")
 GPUS = ".gpus"
-KEPT = (".hydra", "train.log", LOCK)  # when a job is repeated
 PATIENCE_SECONDS = 10  # what a killed process may need to be gone
 POLL_SECONDS = 1.0
 
@@ -50,10 +51,11 @@ def fingerprint(config: dict[str, Any], swept: Collection[str] = ()) -> str:
     """Eight hexadecimal digits that stand for everything that decides the result of a run.
 
     Args:
-        config: the resolved configuration.
+        config: the resolved configuration. Where it can be read, a default counts as given: `null` and the value that
+            it stands for are one job.
         swept: keys that the sweep varies: they tell jobs apart, also where they are `NEUTRAL`.
     """
-    values = flatten(config)
+    values = flatten(settled(config))
     neutral = set(NEUTRAL) - set(swept)
     if values.get("data.name") == "imagefolder":
         neutral.discard("data.root")
@@ -78,16 +80,7 @@ def job_folder(sweep_dir: Path, name: str, mark: str) -> str:
 # ---- one job -------------------------------------------------------------------------------------
 
 
-def read_result(run_dir: Path) -> dict[str, Any] | None:
-    """result.json; None where there is none, or none that can be read."""
-    try:
-        result = json.loads((Path(run_dir) / "result.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return result if isinstance(result, dict) and "status" in result else None
-
-
-def ended(run_dir: Path) -> dict[str, Any] | None:
+def ended(run_dir: Path) -> Result | None:
     """The result of a job with which nothing is left to do, else None."""
     result = read_result(run_dir)
     return result if result and result["status"] in ENDED else None
@@ -106,11 +99,11 @@ def resume_from(run_dir: Path) -> Path | None:
             checkpoint.load(run_dir)
             return run_dir
         except RevtrainError as error:
-            if (run_dir / checkpoint.NAME).exists():
+            if (run_dir / schema.CHECKPOINT).exists():
                 log.warning("sweep      from the start: %s", error)
     # result.json last: as long as it says `failed`, nothing of this is resumed
-    leftovers = [each for each in run_dir.iterdir() if each.name not in KEPT]
-    for each in sorted(leftovers, key=lambda each: each.name == "result.json"):
+    leftovers = [each for each in run_dir.iterdir() if each.name not in schema.KEPT]
+    for each in sorted(leftovers, key=lambda each: each.name == schema.RESULT):
         shutil.rmtree(each) if each.is_dir() and not each.is_symlink() else each.unlink(missing_ok=True)
     return None
 
@@ -119,7 +112,7 @@ def note_death(run_dir: Path, exit_code: int, config: dict[str, Any], overrides:
     """Say in result.json that a signal ended the job's process. It counts as cut off: the next start resumes it."""
     if ended(run_dir):
         return
-    result = read_result(run_dir) or new_result(config, overrides)
+    result = read_result(run_dir) or new_result(settled(config), overrides)
     with suppress(ValueError):
         name = signal.Signals(-exit_code).name
         hint = " (out of memory?)" if name == "SIGKILL" else ""
@@ -204,7 +197,7 @@ def _watch(parent: int) -> None:
 
 def jobs_in(sweep_dir: Path) -> list[Path]:
     """The folders of the jobs, by number."""
-    folders = [each.parent for each in Path(sweep_dir).glob("*/.hydra")]
+    folders = [each.parent for each in Path(sweep_dir).glob(f"*/{schema.HYDRA}")]
     return sorted(folders, key=lambda job: (int(number) if (number := job.name.split("-")[0]).isdigit() else 0, job))
 
 
@@ -223,26 +216,28 @@ def wait_for_others(sweep_dir: Path) -> None:
 def summary(sweep_dir: Path) -> tuple[str, bool]:
     """A line for each job, and whether all of them are done."""
     jobs = jobs_in(sweep_dir)
-    results = [read_result(job) or {"status": "running", "error": None} for job in jobs]
     lines = [f"{len(jobs)} jobs in {sweep_dir}"]
-    lines += [f"  {job.name}: {outcome(result)}" for job, result in zip(jobs, results, strict=True)]
-    missing = sum(result["status"] not in ENDED for result in results)
+    lines += [f"  {job.name}: {outcome(read_result(job))}" for job in jobs]
+    missing = sum(not ended(job) for job in jobs)
     if missing:
         lines.append(f"{missing} of them not completed; the same command again resumes or repeats these alone")
     lines.append(f"dashboard: tensorboard --logdir {sweep_dir}")
     return "\n".join(lines), not missing
 
 
-def outcome(result: dict[str, Any]) -> str:
-    """How a job ended, in one line."""
-    status, error = result["status"], (result.get("error") or "").split("\n")[0]
-    if status == "planned":
-        plan = result["plan"]
+def outcome(result: Result | None) -> str:
+    """How a job ended, in one line; None: it left no result."""
+    if result is None or result["status"] == "running":
+        error = _first_line(result)
+        return f"cut off: {error or f'its process was ended; see its {schema.LOG}'}"
+    if result["status"] == "planned" and (plan := result["plan"]):
         fits = {True: ", fits", False: ", does not fit", None: ""}[plan["fits"]]
         return f"planned: batch {plan['batch']}, {plan['peak_bytes'] / 2**20:,.1f} MiB{fits}"
-    if status == "running":
-        return f"cut off: {error or 'its process was ended; see its train.log'}"
-    if status != "completed":
-        return f"{status}: {error or 'Ctrl-C or SIGTERM'}"
+    if result["status"] != "completed":
+        return f"{result['status']}: {_first_line(result) or 'Ctrl-C or SIGTERM'}"
     snr = f", minimum SNR {result['snr_db']['minimum']:.1f} dB" if result["snr_db"] else ""
-    return f"{100 * result['test_accuracy']:.2f} %{snr}, {result['bytes_per_pixel']:.1f} bytes per pixel"
+    return f"{100 * (result['test_accuracy'] or 0):.2f} %{snr}, {result['bytes_per_pixel'] or 0:.1f} bytes per pixel"
+
+
+def _first_line(result: Result | None) -> str:
+    return ((result and result.get("error")) or "").split("\n")[0]

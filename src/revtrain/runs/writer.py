@@ -1,103 +1,55 @@
-"""What a run leaves behind: metrics.jsonl, result.json, TensorBoard events, a table on the terminal.
+"""Writes what a run leaves behind: metrics.jsonl, result.json, a table on the terminal; `dashboard` the events.
 
-`metrics.jsonl` has one line an epoch, epoch 0 being the state before the first step (see `RunWriter.epoch`).
-`result.json` is written in one step when training starts, with the status `running`, and again at the end, whatever
-the end was (see `new_result`).
-Both are strict JSON: a value that was not measured, or is not finite, is null.
+What is in them is stated in `revtrain.runs.schema`. `result.json` is written in one step when training starts, with the
+status `running`, and again at the end, whatever the end was.
 
 This module does not import torch until a run starts, so that a refused configuration is answered at once.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import math
 import os
 import platform
-import threading
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from revtrain import figures
 from revtrain.machine.files import write_atomic
 from revtrain.numerics.fidelity import trusted
+from revtrain.runs import schema
+from revtrain.runs.dashboard import Dashboard
+from revtrain.runs.schema import LINE_KEYS, Line, Result, Snr, Status
+
+__all__ = [
+    "LINE_KEYS",
+    "RunWriter",
+    "SilentWriter",
+    "holds_run",
+    "new_result",
+    "one_line",
+    "versions",
+    "write_result",
+]
 
 log = logging.getLogger(__name__)
 
-HYPER_PARAMETERS = (
-    "arch", "depth", "width", "slope", "pooling", "backward", "batch", "epochs", "lr", "precision", "seed",
-)  # fmt: skip
-LINE_KEYS = (
-    "epoch", "step", "lr", "loss_train", "loss_test", "accuracy_train", "accuracy_test", "train_images",
-    "train_seconds", "images_per_second", "snr_db", "gradients", "stream_overflows", "peak_vram_mib",
-)  # fmt: skip
-# the columns of the HParams tab
-KEY_METRICS = ("accuracy/test", "snr_db/min", "memory/bytes_per_pixel")
 EXACT_DB = 320.0  # revtrain.numerics.snr.SNR_CEILING_DB: no error at all; named here, too, since that imports torch
-FIGURES = 10  # SNR profiles a run: as many images of one tag as TensorBoard shows
-# the custom-scalars tab, so that the dashboard opens on meaning; its tags are regular expressions
-LAYOUT = {
-    "accuracy, SNR, memory, speed": {
-        "accuracy": ["Multiline", ["accuracy/test"]],
-        "SNR (dB), minimum": ["Multiline", ["snr_db/min$"]],
-        "memory (bytes per pixel)": ["Multiline", ["memory/bytes_per_pixel"]],
-        "speed (images/s)": ["Multiline", ["speed/images_per_second"]],
-    },
-    "more": {
-        "accuracy, training images": ["Multiline", ["accuracy/train"]],
-        "loss": ["Multiline", ["loss/test", "loss/train"]],
-        "gradients, least cosine": ["Multiline", ["gradients/minimum_cosine"]],
-        "gradients, greatest relative error": ["Multiline", ["gradients/maximum_relative_error"]],
-        "SNR (dB), per layer": ["Multiline", ["snr_db/(?!min$)"]],
-        "memory (peak VRAM, MiB)": ["Multiline", ["memory/peak_vram_mib"]],
-        "learning rate": ["Multiline", ["lr"]],
-    },
-}
 
 
-def new_result(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """result.json as it is before anything was measured. Units are in the names; accuracies are 0..1.
-
-    `status` is completed, failed, interrupted (Ctrl-C or SIGTERM), planned (`plan=true`: nothing was trained), or
-    running, which is also what a killed run leaves behind. `plan` is what `planning.plan.Plan` lists, sizes in bytes,
-    where `plan`, `memory_limit` or `batch=auto` asked for it; `config` then holds the number of images that
-    `batch=auto` came to. `snr_db` is {"minimum", "minimum_layer",
-    "layers"} of the last probe, null in store mode. `gradients` is what `numerics.fidelity.summarise_gradients` returns
-    for it, and `gradients_trusted` whether every one pointed the right way at every probe. `stream_overflows` counts
-    the values that left the range of the stream's grid since the run was started or resumed; null for plain streams.
-    `peak_vram_mib` is {"allocated", "reserved"} over the training steps, null without CUDA. `memory_bytes` takes the
-    peak of one training step apart.
-    `train_seconds` counts training steps only, and includes those of a run that was resumed. Under torchrun
-    sizes, the plan and the peak are those of the first process with its share of the batch; all else is of the whole
-    batch.
-    """
-    return {
+def new_result(config: dict[str, Any], overrides: list[str]) -> Result:
+    """result.json as it is before anything was measured."""
+    known = {
         "status": "failed",
-        "error": None,
         "arch": config.get("arch"),
-        "params": None,
         "epochs": 0,
-        "test_accuracy": None,
-        "best_test_accuracy": None,
-        "train_seconds": None,
-        "images_per_second": None,
-        "snr_db": None,
-        "gradients": None,
-        "gradients_trusted": None,
-        "stream_overflows": None,
-        "peak_vram_mib": None,
-        "bytes_per_pixel": None,
-        "memory_bytes": None,
-        "plan": None,
-        "device": None,
         "versions": versions(),
         "overrides": list(overrides),
         "config": config,
     }
+    return cast(Result, {**dict.fromkeys(schema.RESULT_KEYS), **known})
 
 
 def versions() -> dict[str, str | None]:
@@ -111,19 +63,19 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def write_result(run_dir: Path, result: dict[str, Any]) -> None:
+def write_result(run_dir: Path, result: Result) -> None:
     """Write result.json in one step.
 
     Raises:
         OSError: the disk is full or the folder not writable.
     """
     text = json.dumps(_finite(result), indent=2, allow_nan=False) + "\n"
-    write_atomic(Path(run_dir) / "result.json", text.encode())
+    write_atomic(Path(run_dir) / schema.RESULT, text.encode())
 
 
 def holds_run(run_dir: Path) -> bool:
     """Whether a run has left results in this folder."""
-    return any((Path(run_dir) / name).exists() for name in ("metrics.jsonl", "result.json", "last.pt"))
+    return any((Path(run_dir) / name).exists() for name in schema.TRACES)
 
 
 def one_line(error: BaseException) -> str:
@@ -148,113 +100,63 @@ class RunWriter:
         self.result = new_result(config, overrides)
         self.lines = 0  # in metrics.jsonl
         self._trained_images, self._train_seconds = 0, 0.0
-        self._writer = None
+        self._dashboard: Dashboard | None = None  # from `start` on
 
     def planned(self, plan: Any) -> None:
         """Take over a `planning.plan.Plan`: the batch it came to, and its prediction."""
         self.result["plan"] = plan.as_dict()
         self.result["config"]["batch"] = plan.batch
-        self.result.update(
-            params=plan.parameters,
-            bytes_per_pixel=plan.bytes_per_pixel,
-            memory_bytes={
-                "peak": plan.peak_bytes,
-                "parameters": plan.parameter_bytes,
-                "gradients": plan.gradient_bytes,
-                "optimizer": plan.optimizer_bytes,
-                "activations": plan.activation_bytes + plan.scratch_bytes,
-            },
-        )
+        self.result["params"] = plan.parameters
+        self.result["bytes_per_pixel"] = plan.bytes_per_pixel
+        self.result["memory_bytes"] = {
+            "peak": plan.peak_bytes,
+            "parameters": plan.parameter_bytes,
+            "gradients": plan.gradient_bytes,
+            "optimizer": plan.optimizer_bytes,
+            "activations": plan.activation_bytes + plan.scratch_bytes,
+        }
 
-    def start(self, history: list[dict[str, Any]], timeline: Any = None) -> None:
+    def start(self, history: list[Line], timeline: Any = None) -> None:
         """Open the files; the lines of a run that is continued come first, in place of those it left here.
 
         Args:
             timeline: a `revtrain.planning.predict.StepTimeline` to draw.
         """
-        from torch.utils.tensorboard import SummaryWriter
-        from torch.utils.tensorboard.summary import hparams
-
-        write_atomic(self.run_dir / "metrics.jsonl", b"".join(map(_encoded, history)))
-        for events in self.run_dir.glob("events.out.tfevents.*"):
-            events.unlink()
-        self._excepthook, threading.excepthook = threading.excepthook, _told_by_the_next_write(threading.excepthook)
-        self._writer = SummaryWriter(str(self.run_dir))
-        config = self.result["config"]
-        values = {key: config[key] for key in HYPER_PARAMETERS}
-        values["pooling"] = ",".join(values["pooling"])
-        # SummaryWriter.add_hparams would open a second run below this one, with no curves in it
-        experiment, session_start, self._session_end = hparams(values, dict.fromkeys(KEY_METRICS, 0.0))
-        self._writer.file_writer.add_summary(experiment)
-        self._writer.file_writer.add_summary(session_start)
-        self._writer.add_custom_scalars(LAYOUT)
-        if timeline is not None and figures.available():
-            title = f"Memory of one training step, {config['arch']}, batch {timeline.batch}: live storages, counted"
-            figure = figures.memory_timeline_figure(timeline.live_bytes, timeline.ends, timeline.always_bytes, title)
-            self._figure("memory/timeline", figure, 0)
+        write_atomic(self.run_dir / schema.METRICS, b"".join(map(_encoded, history)))
+        self._dashboard = Dashboard(self.run_dir, self.result["config"], timeline)
         for line in history:
             self._take(line)
         write_result(self.run_dir, {**self.result, "status": "running"})
 
-    def epoch(self, line: dict[str, Any]) -> None:
+    def epoch(self, line: Line) -> None:
         """Append one epoch.
 
         Args:
-            line: the `LINE_KEYS`; accuracies are 0..1, `lr` is that of the last step, `snr_db` and
-                `peak_vram_mib` are as in result.json; None where not measured.
+            line: None where not measured.
         """
-        with open(self.run_dir / "metrics.jsonl", "ab") as file:
+        with open(self.run_dir / schema.METRICS, "ab") as file:
             file.write(_encoded(line))
             file.flush()
             os.fsync(file.fileno())  # the next checkpoint counts on it
         self._take(line)
 
-    def _take(self, line: dict[str, Any]) -> None:
+    def _take(self, line: Line) -> None:
         """Take a line into the result and the dashboard."""
         line = _finite(line)
         self.lines += 1
         self._update_result(line)
+        if self._dashboard is not None:
+            self._dashboard.add(line, self.result)
 
-        snr = line["snr_db"] or {"minimum": None, "layers": {}}
-        gradients = line.get("gradients") or {"minimum_cosine": None, "maximum_relative_error": None}
-        vram = line["peak_vram_mib"] or {"allocated": None}
-        scalars = {
-            "accuracy/train": line["accuracy_train"],
-            "accuracy/test": line["accuracy_test"],
-            "loss/train": line["loss_train"],
-            "loss/test": line["loss_test"],
-            "lr": line["lr"],
-            "snr_db/min": snr["minimum"],
-            "gradients/minimum_cosine": gradients["minimum_cosine"],
-            "gradients/maximum_relative_error": gradients["maximum_relative_error"],
-            **{f"snr_db/{layer}": value for layer, value in snr["layers"].items()},
-            "memory/peak_vram_mib": vram["allocated"],
-            "memory/bytes_per_pixel": self.result["bytes_per_pixel"],
-            "speed/images_per_second": line["images_per_second"],
-        }
-        for tag, value in scalars.items():
-            if value is not None:
-                self._writer.add_scalar(tag, value, line["epoch"])
-        if line["snr_db"] and figures.available() and self._is_due(line["epoch"]):
-            forward = dict(reversed(snr["layers"].items()))  # the probe meets the last layer first
-            title = f"SNR of the rebuilt activations, {self.result['arch']}, after epoch {line['epoch']}"
-            self._figure("snr_db/profile", figures.snr_profile_figure(forward, title), line["epoch"])
-        self._writer.flush()
-
-    def finish(self, status: str, error: BaseException | None = None) -> None:
+    def finish(self, status: Status, error: BaseException | None = None) -> None:
         """Write result.json and close the files."""
         self.result["status"] = status
         self.result["error"] = None if error is None else one_line(error)
         try:
             write_result(self.run_dir, self.result)
         finally:
-            if self._writer is not None:
-                if status == "completed":
-                    self._writer.file_writer.add_summary(self._session_end)
-                try:
-                    self._writer.close()
-                finally:
-                    threading.excepthook = self._excepthook
+            if self._dashboard is not None:
+                self._dashboard.close(status == "completed")
 
     def table(self) -> str:
         """The last word on the terminal."""
@@ -279,34 +181,27 @@ class RunWriter:
         rule = "-" * max(len(title), 60)
         return "\n".join([rule, title, *(f"  {name:<{width}}  {text}" for name, text in rows.items()), rule])
 
-    def _is_due(self, epoch: int) -> bool:
-        """Whether this epoch is one of those whose SNR profile is drawn: the first, the last, some between."""
-        epochs = self.result["config"]["epochs"]
-        return epoch == epochs or epoch % max(1, -(-epochs // (FIGURES - 1))) == 0
-
-    def _figure(self, tag: str, figure: Any, epoch: int) -> None:
-        self._writer.add_image(tag, figures.pixels(figure), epoch, dataformats="HWC")
-        figure.clear()
-        gc.collect()  # a figure is full of cycles: about a megabyte each would stay for a long time
-
-    def _update_result(self, line: dict[str, Any]) -> None:
+    def _update_result(self, line: Line) -> None:
         """Take a line into the sums and maxima; the lines themselves are not kept, a run may have very many."""
         result = self.result
-        result.update(epochs=line["epoch"], stream_overflows=line.get("stream_overflows"))
+        result["epochs"], result["stream_overflows"] = line["epoch"], line["stream_overflows"]
         if line["snr_db"]:
             result["snr_db"] = line["snr_db"]
-        if compared := line.get("gradients"):
+        if compared := line["gradients"]:
             result["gradients"] = compared
-            result["gradients_trusted"] = trusted(line) and result["gradients_trusted"] is not False
+            result["gradients_trusted"] = bool(trusted(line)) and result["gradients_trusted"] is not False
         if peak := line["peak_vram_mib"]:
             before = result["peak_vram_mib"] or peak
-            result["peak_vram_mib"] = {key: max(before[key], peak[key]) for key in peak}
+            result["peak_vram_mib"] = {
+                "allocated": max(before["allocated"], peak["allocated"]),
+                "reserved": max(before["reserved"], peak["reserved"]),
+            }
         if line["train_seconds"] is None:
             return
         if (accuracy := line["accuracy_test"]) is not None:
             result["test_accuracy"] = accuracy
             result["best_test_accuracy"] = max(accuracy, result["best_test_accuracy"] or 0.0)
-        self._trained_images += line["train_images"]
+        self._trained_images += line["train_images"] or 0
         self._train_seconds += line["train_seconds"]
         result["train_seconds"] = self._train_seconds
         # a clock that stood still measures nothing
@@ -316,31 +211,21 @@ class RunWriter:
 class SilentWriter(RunWriter):
     """Collects what `RunWriter` does and writes nothing: for the processes of a run that do not lead."""
 
-    def start(self, history: list[dict[str, Any]], timeline: Any = None) -> None:
+    def start(self, history: list[Line], timeline: Any = None) -> None:
         for line in history:
             self.epoch(line)
 
-    def epoch(self, line: dict[str, Any]) -> None:
+    def epoch(self, line: Line) -> None:
         self.lines += 1
         self._update_result(line)
 
-    def finish(self, status: str, error: BaseException | None = None) -> None:
+    def finish(self, status: Status, error: BaseException | None = None) -> None:
         self.result["status"] = status
 
 
-def _encoded(line: dict[str, Any]) -> bytes:
+def _encoded(line: Line) -> bytes:
     """As it stands in metrics.jsonl."""
     return (json.dumps(_finite(line), allow_nan=False) + "\n").encode()
-
-
-def _told_by_the_next_write(hook: Callable[[Any], None]) -> Callable[[Any], None]:
-    """TensorBoard's thread prints a traceback where the disk is full, and the next write raises the same error."""
-
-    def quieter(args: Any) -> None:
-        if not (isinstance(args.exc_value, OSError) and type(args.thread).__name__ == "_AsyncWriterThread"):
-            hook(args)
-
-    return quieter
 
 
 def _finite(value: Any) -> Any:
@@ -352,7 +237,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _snr(snr: dict[str, Any] | None) -> str:
+def _snr(snr: Snr | None) -> str:
     if snr is None:
         return "not measured"
     if snr["minimum"] >= EXACT_DB:
@@ -364,7 +249,7 @@ def _rate(images_per_second: float | None) -> str:
     return "not measured" if images_per_second is None else f"{images_per_second:,.0f} images/s"
 
 
-def _gradients(result: dict[str, Any]) -> str:
+def _gradients(result: Result) -> str:
     if result["gradients"] is None:
         return "not compared"
     cosine = f"cosine of at least {result['gradients']['minimum_cosine']:.4f} to the true ones"

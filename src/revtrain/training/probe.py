@@ -1,0 +1,68 @@
+"""The probe of a run: what rounding does to rebuilt activations and to gradients, on one fixed, unaugmented batch."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revtrain.config import ProbeConfig
+from revtrain.data import Split
+from revtrain.layers import unsynchronised
+from revtrain.machine import device as devices
+from revtrain.numerics import gradients, snr
+from revtrain.numerics.fidelity import summarise_gradients
+
+log = logging.getLogger(__name__)
+
+BATCH_SEED = 0  # the same images in every run, whatever its seed
+
+
+class Probe:
+    """Measures outside of the training steps, and leaves no trace in the network.
+
+    Args:
+        probe: how many images, how often, and whether gradients are compared as well.
+        training_set: whose images are taken.
+    """
+
+    def __init__(self, probe: ProbeConfig, training_set: Split):
+        shuffled = torch.randperm(len(training_set), generator=torch.Generator().manual_seed(BATCH_SEED))
+        chosen = shuffled[: probe.batch]
+        self.images, self.labels = training_set.images[chosen], training_set.labels[chosen]  # uint8, on the CPU
+        self.every, self.gradients = probe.every, probe.gradients
+
+    def is_due(self, epoch: int) -> bool:
+        return self.every > 0 and epoch % self.every == 0
+
+    def measure(self, model: nn.Module, images: Tensor, device: torch.device, precision: str) -> dict[str, Any]:
+        """`snr_db` and, if asked for, `gradients` of a line of metrics.jsonl.
+
+        Args:
+            images: `self.images`, normalised and on `device`.
+        """
+        batch = images, self.labels.to(device)
+        with devices.autocast(device, precision), unsynchronised(model):
+            found: dict[str, Any] = {"snr_db": summarise_snr(snr.probe_snr(model, *batch))}
+            if self.gradients:
+                found["gradients"] = self._compare_gradients(model, *batch)
+        return found
+
+    def _compare_gradients(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any] | None:
+        try:
+            return summarise_gradients(gradients.probe_gradients(model, images, labels))
+        except torch.OutOfMemoryError:  # the comparison stores every activation: training goes on without it
+            self.gradients = False
+            log.warning("probe      not enough memory to store the activations of %d images: gradients are not\n"
+                        "           compared from here on. Try a smaller probe.batch.", len(labels))  # fmt: skip
+            return None
+
+
+def summarise_snr(layers: dict[str, float]) -> dict[str, Any] | None:
+    """{"minimum", "minimum_layer", "layers"} in dB; None without layers."""
+    if not layers:
+        return None
+    worst = min(layers, key=layers.__getitem__)
+    return {"minimum": layers[worst], "minimum_layer": worst, "layers": layers}

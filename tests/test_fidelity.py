@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import compose
 
+from revtrain.config import read
 from revtrain.core.chain import InvertibleChain
 from revtrain.data import load_data, normalise
 from revtrain.models import build_model
@@ -22,7 +23,7 @@ from revtrain.training.run import train
 
 @pytest.fixture(scope="module")
 def batch():
-    data = load_data(compose("data.train_images=32", "data.test_images=10").data)
+    data = load_data(read(compose("data.train_images=32", "data.test_images=10")).data)
     return normalise(data.train.images, data.mean, data.std), data.train.labels
 
 
@@ -121,7 +122,8 @@ def line(cosine):
 
 def test_the_user_is_told_once_what_to_change(caplog):
     caplog.set_level(logging.WARNING)
-    watch = FidelityWatch(compose("arch=layerwise", "depth=9", "norm_sign=positive", "max_gain=null"))
+    config = read(compose("arch=layerwise", "depth=9", "norm_sign=positive", "max_gain=null"))
+    watch = FidelityWatch(config.network)
     watch.look(line(TRUSTED_COSINE + 0.01))
     assert not caplog.records
     watch.look(line(0.4))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from revtrain.config import InvertibleSettings, read
+from revtrain.config import InvertibleSettings, Network
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +49,8 @@ def trusted(line: dict[str, Any]) -> bool | None:
 class FidelityWatch:
     """Says once, and clearly, when rounding has taken the gradients over."""
 
-    def __init__(self, cfg: Any):
-        self.network, self.warned = read(cfg).network, False
+    def __init__(self, network: Network[Any]):
+        self.network, self.warned = network, False
 
     def look(self, line: dict[str, Any]) -> None:
         """`line`: of metrics.jsonl."""

@@ -6,7 +6,6 @@ The configuration is read once, at the door. B images of a batch, H = W pixels a
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ CHECK_EVERY = 20  # steps between two looks at the losses: each look waits for t
 
 
 def train(
-    cfg: DictConfig | Mapping[str, Any] | Config, run_dir: str | Path, overrides: list[str] | None = None
+    cfg: DictConfig | dict[str, Any] | Config, run_dir: str | Path, overrides: list[str] | None = None
 ) -> dict[str, Any]:
     """Train the network that `cfg` describes and write everything into `run_dir`.
 
@@ -207,18 +206,16 @@ class Run:
         """Record the network's size and the memory that a step needs; its course over one step."""
         network, images, result = self.config.network, self.images, self.writer.result
         memory = predict.predict_step_memory(self.config, images.classes, images.size, self.processes.share(self.batch))
-        result.update(
-            params=sum(p.numel() for p in self.model.parameters()),
-            bytes_per_pixel=memory.bytes_per_pixel,
-            memory_bytes={
-                "peak": memory.peak_bytes,
-                "parameters": memory.parameter_bytes,
-                "gradients": memory.gradient_bytes,
-                "optimizer": memory.optimizer_bytes,
-                "activations": memory.activation_bytes,
-            },
-            device={**devices.describe(self.device), "processes": self.processes.size},
-        )
+        result["params"] = sum(p.numel() for p in self.model.parameters())
+        result["bytes_per_pixel"] = memory.bytes_per_pixel
+        result["memory_bytes"] = {
+            "peak": memory.peak_bytes,
+            "parameters": memory.parameter_bytes,
+            "gradients": memory.gradient_bytes,
+            "optimizer": memory.optimizer_bytes,
+            "activations": memory.activation_bytes,
+        }
+        result["device"] = {**devices.describe(self.device), "processes": self.processes.size}
         alone = self.processes.size == 1
         log.info("model      %s: %s parameters, backward=%s, %.1f bytes per pixel; %s, %s",
                  network.arch, f"{result['params']:,}", network.backward, memory.bytes_per_pixel,

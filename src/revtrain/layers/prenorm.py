@@ -73,7 +73,8 @@ class PreNormPass(ResidualPass):
                     body, self.residual_sum, leaf, target[sl], dtarget[sl], state, leaves, self.piece_bytes
                 )
                 del leaf
-                norm.add_gradient_(dsource, du, sl)
+                if du is not None:
+                    norm.add_gradient_(dsource, du, sl)
                 del du
                 while gradients:  # one at a time, so that each is gone before the next piece
                     grads.add(parameters[len(gradients) - 1], gradients.pop())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
@@ -68,12 +69,12 @@ def job_name(_root_: DictConfig) -> str:
     job = _root_.hydra.job
     constant = job.config.override_dirname.exclude_keys
     swept = {each.key_or_group for each in _parsed(_root_.hydra.overrides.task)} - set(constant)
-    config = OmegaConf.masked_copy(_root_, [key for key in _root_ if key != "hydra"])
+    config = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key != "hydra"])
     try:
         values = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException:  # the job will say so
         values = OmegaConf.to_container(config, resolve=False)
-    mark = sweeps.fingerprint(values, swept)
+    mark = sweeps.fingerprint(cast(dict[str, Any], values), swept)
     return sweeps.job_folder(_root_.hydra.sweep.dir, slug(f"{job.num}-{job.override_dirname}"), mark)
 
 

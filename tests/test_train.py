@@ -490,6 +490,15 @@ def test_the_first_step_warms_up_and_is_not_counted(forecast, caplog):
     assert caplog.messages == ["time       about 2 min 6 s for 7 epochs, evaluation and probes included"]
 
 
+def test_on_a_gpu_only_steps_that_were_waited_for_count(forecast, caplog):
+    timed = forecast()
+    timed.begin(0, 0.0)
+    timed.mark(20, 500.0)  # the first look: warming up included
+    assert not caplog.messages
+    timed.mark(40, 520.0)
+    assert [seconds_said(each.partition(" for ")[0]) for each in caplog.messages] == [126]
+
+
 def test_a_short_epoch_tells_at_its_end_and_one_without_steps_leaves_it_to_the_next(forecast, caplog):
     timed = forecast(probe_seconds=None)  # then a probe takes as long as four steps: 132 seconds
     timed.begin(3, 30.0)

@@ -65,9 +65,11 @@ def _figure(width: float, height: float, **margins: float) -> tuple[Figure, Axes
 def pixels(figure: Figure) -> Any:
     """The figure as a numpy array (H, W, 3) uint8."""
     import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    figure.canvas.draw()
-    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 # ---------------------------------------------------------------- SNR over layers

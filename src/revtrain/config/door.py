@@ -105,7 +105,7 @@ def _own_fields(package: str) -> list[tuple[str, Any, Any]]:
 # ---- the door ------------------------------------------------------------------------------------
 
 
-def read(cfg: DictConfig | dict[str, Any] | Config, stored: bool = False) -> Config:
+def read(cfg: DictConfig | Mapping[str, Any] | Config, stored: bool = False) -> Config:
     """The configuration in parts, every value checked.
 
     Args:
@@ -136,7 +136,7 @@ def read(cfg: DictConfig | dict[str, Any] | Config, stored: bool = False) -> Con
     return config
 
 
-def _plain(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
+def _plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(cfg, dict):
         return dict(cfg)
     from omegaconf import OmegaConf  # the report does without

@@ -16,8 +16,6 @@ from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any
 
-from omegaconf import OmegaConf
-
 VARIABLE = "REVTRAIN_PATH"
 
 
@@ -51,6 +49,8 @@ def preset(group: str, name: str) -> dict[str, Any]:
 
     In the order of Hydra's search: the package's own folder, then those of REVTRAIN_PATH.
     """
+    from omegaconf import OmegaConf
+
     own = find_spec("revtrain.conf")  # found, not imported: that would need Hydra
     folders = [*((own and own.submodule_search_locations) or ()), *(each / "conf" for each in plugin_folders())]
     places = [Path(folder) / group / f"{name}.yaml" for folder in folders]

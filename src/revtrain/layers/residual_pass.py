@@ -154,8 +154,9 @@ class LayerwisePass(ResidualPass):
         )
 
     def undo_(self, source, target, dsource, dtarget, saved, grads):
-        is_chain = isinstance(self.function, InvertibleChain)
-        layers = list(zip(self.function.layers, saved, strict=True)) if is_chain else [(self.function, saved)]
+        layers = [(self.function, saved)]
+        if isinstance(self.function, InvertibleChain):
+            layers = list(zip(self.function.layers, saved, strict=True))
         leading = list(takewhile(lambda entry: entry[0].is_pointwise, layers))
         rest = layers[len(leading) :]
         x = self.read(source)

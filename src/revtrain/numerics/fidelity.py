@@ -54,7 +54,7 @@ class FidelityWatch:
     def __init__(self, network: Network[Any]):
         self.network, self.warned = network, False
 
-    def look(self, line: dict[str, Any]) -> None:
+    def look(self, line: Mapping[str, Any]) -> None:
         """`line`: of metrics.jsonl."""
         gradients, snr = line["gradients"], line["snr_db"]
         if self.warned or trusted(line) is not False:

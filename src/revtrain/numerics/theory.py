@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -345,7 +346,8 @@ class LayerTheory:
     alpha: float = 1.0
 
     def __init__(self, layer: nn.Module, x: Tensor):
-        self.layer, self.output_shape, self.device = layer, x.shape, x.device
+        self.layer: Any = layer  # each subclass has its own kind
+        self.output_shape, self.device = x.shape, x.device
         self.energy = x.double().square().sum().item()
         self.once = rounding_noise(x.dtype)
 
@@ -440,7 +442,10 @@ class _CouplingConv(LayerTheory):
         super().__init__(layer, x)
         y = layer(x).double()
         (x1, x2), (y1, y2) = x.double().chunk(2, dim=1), y.chunk(2, dim=1)
-        self.f, self.g = _Sums(layer.f, x2, y1 - x1, x.dtype), _Sums(layer.g, y1, y2 - x2, x.dtype)
+        self.f, self.g = (
+            _Sums(cast(nn.Conv2d, layer.f), x2, y1 - x1, x.dtype),
+            _Sums(cast(nn.Conv2d, layer.g), y1, y2 - x2, x.dtype),
+        )
         noise_gain = noise_gain_coupling(self.f.gain, self.g.gain)
         self.alpha = alpha_of(self.energy, y.square().sum().item(), noise_gain)
         self.rounding = self.ROUNDINGS * self.once * x.double().square()

@@ -11,7 +11,7 @@ margin is kept for what the count of live bytes cannot see, see `margin_bytes`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -134,6 +134,16 @@ class Plan:
     def _verdict(self) -> str:
         rest = (self.limit_bytes or 0) - self.needed_bytes
         return f"{_mib(abs(rest))} {'to spare' if rest >= 0 else 'too much'}"
+
+
+def plan(cfg: DictConfig | Mapping[str, Any] | Config) -> Plan:
+    """What the run that `cfg` describes needs of memory on its device, without looking at its data: `plan=true`.
+
+    Raises:
+        RevtrainError: see `make_plan`; or the device is absent.
+    """
+    config = read(cfg)
+    return make_plan(config, devices.choose_device(config.machine.device))
 
 
 def make_plan(

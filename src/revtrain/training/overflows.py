@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from torch import nn
 
@@ -18,7 +19,7 @@ class OverflowWatch:
     """Values beyond the range of the states' grid: integers went on with a wrong number in their place, floating
     point is no longer undone exactly."""
 
-    def __init__(self, model: nn.Module, network: Network, processes: Processes):
+    def __init__(self, model: nn.Module, network: Network[Any], processes: Processes):
         self.applies = any(name.endswith("overflows") for name, _ in model.named_buffers())
         self.model, self.network, self.processes = model, network, processes
         self.warned = False

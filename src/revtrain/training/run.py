@@ -6,10 +6,9 @@ The configuration is read once, at the door. B images of a batch, H = W pixels a
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig
@@ -30,6 +29,7 @@ from revtrain.planning import plan as planning
 from revtrain.planning import predict
 from revtrain.planning.predict import StepTimeline
 from revtrain.runs import checkpoint
+from revtrain.runs.schema import Line, Result, Status
 from revtrain.runs.writer import LINE_KEYS, RunWriter, SilentWriter, holds_run
 from revtrain.training import errors
 from revtrain.training.evaluate import evaluate
@@ -47,9 +47,7 @@ CHECK_EVERY = 20  # steps between two looks at the losses: each look waits for t
 # ---- the door --------------------------------------------------------------------------------------------
 
 
-def train(
-    cfg: DictConfig | Mapping[str, Any] | Config, run_dir: str | Path, overrides: list[str] | None = None
-) -> dict[str, Any]:
+def train(cfg: DictConfig | dict[str, Any] | Config, run_dir: str | Path, overrides: list[str] | None = None) -> Result:
     """Train the network that `cfg` describes and write everything into `run_dir`.
 
     Args:
@@ -73,7 +71,7 @@ def train(
         return _to_its_end(read(cfg), Path(run_dir).absolute(), list(overrides or ()))
 
 
-def _to_its_end(config: Config, run_dir: Path, overrides: list[str]) -> dict[str, Any]:
+def _to_its_end(config: Config, run_dir: Path, overrides: list[str]) -> Result:
     """Do what `config` asks for; however that ends, result.json says so."""
     processes = Processes.of_environment()
     if processes.leads and holds_run(run_dir) and not in_place(config, run_dir):
@@ -103,7 +101,7 @@ def _to_its_end(config: Config, run_dir: Path, overrides: list[str]) -> dict[str
     return writer.result
 
 
-def _carry_out(config: Config, run_dir: Path, writer: RunWriter, processes: Processes) -> str:
+def _carry_out(config: Config, run_dir: Path, writer: RunWriter, processes: Processes) -> Status:
     """Plan, or load the data and train; the status."""
     machine, own_share = config.machine, processes.of_one(config)  # or the batch is refused
     device = devices.choose_device(processes.device_name(machine.device))
@@ -207,18 +205,16 @@ class Run:
         """Record the network's size and the memory that a step needs; its course over one step."""
         network, images, result = self.config.network, self.images, self.writer.result
         memory = predict.predict_step_memory(self.config, images.classes, images.size, self.processes.share(self.batch))
-        result.update(
-            params=sum(p.numel() for p in self.model.parameters()),
-            bytes_per_pixel=memory.bytes_per_pixel,
-            memory_bytes={
-                "peak": memory.peak_bytes,
-                "parameters": memory.parameter_bytes,
-                "gradients": memory.gradient_bytes,
-                "optimizer": memory.optimizer_bytes,
-                "activations": memory.activation_bytes,
-            },
-            device={**devices.describe(self.device), "processes": self.processes.size},
-        )
+        result["params"] = sum(p.numel() for p in self.model.parameters())
+        result["bytes_per_pixel"] = memory.bytes_per_pixel
+        result["memory_bytes"] = {
+            "peak": memory.peak_bytes,
+            "parameters": memory.parameter_bytes,
+            "gradients": memory.gradient_bytes,
+            "optimizer": memory.optimizer_bytes,
+            "activations": memory.activation_bytes,
+        }
+        result["device"] = {**devices.describe(self.device), "processes": self.processes.size}
         alone = self.processes.size == 1
         log.info("model      %s: %s parameters, backward=%s, %.1f bytes per pixel; %s, %s",
                  network.arch, f"{result['params']:,}", network.backward, memory.bytes_per_pixel,
@@ -226,7 +222,7 @@ class Run:
                  network.precision)  # fmt: skip
         return memory.timeline
 
-    def resume(self, saved: dict[str, Any]) -> list[dict[str, Any]]:
+    def resume(self, saved: dict[str, Any]) -> list[Line]:
         """Go on from a checkpoint, also from within an epoch; the lines of metrics.jsonl up to there."""
         self.epoch, self.best_accuracy = saved["epoch"], saved["best_accuracy"]
         checkpoint.restore(saved, self.model, self.optimizer, self.scaler, self.generator, self.device)
@@ -378,9 +374,9 @@ class Run:
         """uint8 images (B, 3, H, W) on the CPU -> float32, of zero mean and unit deviation, on the device."""
         return data.normalise(images.to(self.device), self.mean, self.std)
 
-    def record(self, measured: dict[str, Any]) -> dict[str, Any]:
+    def record(self, measured: dict[str, Any]) -> Line:
         """Write a line of metrics.jsonl, always with the same keys: null where nothing was measured."""
-        line = {**dict.fromkeys(LINE_KEYS), **measured}
+        line = cast(Line, {**dict.fromkeys(LINE_KEYS), **measured})
         self.writer.epoch(line)
         self.fidelity.look(line)
         return line
@@ -413,11 +409,15 @@ class Run:
         )
 
 
-def _summary(line: dict[str, Any], epochs: int) -> str:
+def _percent(accuracy: float | None) -> str:
+    return "-" if accuracy is None else f"{100 * accuracy:.2f} %"
+
+
+def _summary(line: Line, epochs: int) -> str:
     snr = f"  SNR min {line['snr_db']['minimum']:.1f} dB" if line["snr_db"] else ""
     return (
         f"epoch {line['epoch']:>{len(str(epochs))}}/{epochs}"
         f"  loss {line['loss_train']:.3f} train {line['loss_test']:.3f} test"
-        f"  accuracy {100 * line['accuracy_train']:.2f} % train {100 * line['accuracy_test']:.2f} % test"
+        f"  accuracy {_percent(line['accuracy_train'])} train {_percent(line['accuracy_test'])} test"
         f"{snr}" + (f"  {line['images_per_second']:,.0f} images/s" if line["images_per_second"] else "")
     )

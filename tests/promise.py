@@ -95,11 +95,15 @@ PER_SAMPLE = Holder("per-sample", lambda make: AdditiveCoupling(CHANNELS, make(_
 PRENORM = Holder(
     "prenorm", lambda make: AdditiveCoupling(CHANNELS, PreNorm(_HALF, make(_HALF)), PreNorm(_HALF, make(_HALF)))
 )
-INSIDE = Holder("inside", lambda make: AdditiveCoupling(CHANNELS, _inside(make, _HALF), _inside(make, _HALF)))
 NESTED = Holder("nested", lambda make: InvertibleChain([InvertibleChain([ANY.build(make)])]))
+# an invertible function, which is walked back layer by layer; in a chain inside the chain, and scaled
+INSIDE = Holder(
+    "inside",
+    lambda make: InvertibleChain([AdditiveCoupling(CHANNELS, _inside(make, _HALF), _inside(make, _HALF), scale=0.3)]),
+)
 OWN = Holder("own-layer", lambda make: OwnCoupling(make(_HALF)))
-HOLDERS = [ANY, SCALED, PER_SAMPLE, PRENORM, INSIDE, NESTED, OWN]
-WHOLE_BATCH_HOLDERS = [ANY, SCALED, INSIDE, NESTED, OWN]  # where F may look at the whole batch
+HOLDERS = [ANY, PER_SAMPLE, PRENORM, INSIDE, OWN]
+WHOLE_BATCH_HOLDERS = [ANY, INSIDE, OWN]  # where F may look at the whole batch
 
 in_every_holder = pytest.mark.parametrize("holder", HOLDERS, ids=lambda holder: holder.name)
 in_whole_batch_holders = pytest.mark.parametrize("holder", WHOLE_BATCH_HOLDERS, ids=lambda holder: holder.name)

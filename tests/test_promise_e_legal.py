@@ -288,9 +288,9 @@ def test_a_backward_pass_inside_a_hook_of_another():
 
     def step(model, x):
         first, second = model
-        other = second(x.detach().requires_grad_())
+        other = loss_of(second(x.detach().requires_grad_()))
         y = first(x)
-        y.register_hook(lambda gradient: loss_of(other).backward())
+        y.register_hook(lambda gradient: other.backward())
         loss_of(y).backward()
         return y
 

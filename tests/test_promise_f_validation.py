@@ -111,7 +111,7 @@ def test_couplings_of_another_state_format_are_refused(of_layer, of_chain):
     if of_layer == of_chain:
         InvertibleChain([layer()], stream=StateFormat(of_chain))
         return
-    with refused(of_layer, of_chain, "AdditiveCoupling"):
+    with refused(of_layer, of_chain):
         InvertibleChain([InvertibleChain([layer()], stream=StateFormat(of_layer))], stream=StateFormat(of_chain))
     with refused(of_layer, of_chain, "AdditiveCoupling"):
         InvertibleChain([layer()], stream=StateFormat(of_chain))
@@ -335,7 +335,7 @@ ARGUMENTS = {
     "f-class": lambda: AdditiveCoupling(4, nn.Tanh, nn.Tanh),
     "f-function": lambda: AdditiveCoupling(4, torch.tanh, torch.tanh),
     "norm-channels": lambda: InvertibleBatchNorm2d(0),
-    "norm-eps": lambda: InvertibleBatchNorm2d(4, eps=0.0, epsilon_i=0.0) and InvertibleBatchNorm2d(4, eps=-1.0),
+    "norm-eps": lambda: InvertibleBatchNorm2d(4, eps=-1.0),
     "prenorm-body": lambda: PreNorm(4, torch.tanh),
     "mode": lambda: InvertibleChain([], backward="checkpoint"),
     "layers-module": lambda: InvertibleChain(InvertibleLeakyReLU(0.5)),

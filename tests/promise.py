@@ -1,4 +1,4 @@
-"""What the tests of the engine's promise share: one training step in both modes, and everything it leaves behind compared.
+"""What the tests of the engine's promise share: one step in both modes, and all that it leaves behind compared.
 
 The promise (docs/engine.md): for every F, G, layer and caller that plain autograd accepts, `invert` gives what `store`
 gives, to rounding, or raises an error that names the module, what was found and what to do.
@@ -45,7 +45,7 @@ def seed(number: int) -> None:
 
 def values(*shape: int) -> Tensor:
     """Normally distributed, in float64, always the same."""
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
 
 def images(batch: int = 4, channels: int = CHANNELS, side: int = 4) -> Tensor:

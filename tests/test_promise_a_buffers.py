@@ -250,7 +250,9 @@ def test_no_two_gradients_share_memory():
             kept = [other.grad.clone() for other in tensors if other is not tensor]
             saved = tensor.grad.clone()
             tensor.grad.zero_()
-            assert all(torch.equal(a, b.grad) for a, b in zip(kept, (o for o in tensors if o is not tensor), strict=True))
+            assert all(
+                torch.equal(a, b.grad) for a, b in zip(kept, (o for o in tensors if o is not tensor), strict=True)
+            )
             tensor.grad.copy_(saved)
         return y, y.grad
 

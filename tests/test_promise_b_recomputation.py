@@ -512,7 +512,9 @@ def test_the_forward_passs_autocast_is_that_of_the_recomputation(holder):
 # ---- layers of the user's own --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["batch-norm", "cumulative-batch-norm", "dropout", "counter", "spectral-norm", "numpy"])
+@pytest.mark.parametrize(
+    "kind", ["batch-norm", "cumulative-batch-norm", "dropout", "counter", "spectral-norm", "numpy"]
+)
 def test_a_layer_with_only_forward_and_inverse(kind):
     make_function = {**STATEFUL, **NORMS, **RANDOM}[kind]
     make = lambda: InvertibleChain([OwnCoupling(make_function(4)), OwnCoupling(make_function(4))])  # noqa: E731
@@ -641,4 +643,6 @@ def test_both_modes_draw_the_same_random_numbers_in_functions_that_are_partly_ra
             return self.conv(x) if random.random() < 0.5 else F.dropout(self.conv(x), 0.5)
 
     step = functools.partial(steps, count=4)
-    assert_promise(lambda: InvertibleChain([ANY.build(Skips) for _ in range(3)]), images() / 4, step=step, tolerance=1e-7)
+    assert_promise(
+        lambda: InvertibleChain([ANY.build(Skips) for _ in range(3)]), images() / 4, step=step, tolerance=1e-7
+    )

@@ -1,7 +1,7 @@
 """Kind D: every module is called, so that what is attached to a call works: hooks, weight averaging, sharding.
 
-Hooks are counted at the end of the forward pass: the backward pass runs F a second time, through its hooks, since some of
-them are part of the function (pruning, spectral norm).
+Hooks are counted at the end of the forward pass: the backward pass runs F a second time, through its hooks, since some
+of them are part of the function (pruning, spectral norm).
 """
 
 import pytest

@@ -171,7 +171,9 @@ def test_a_result_that_would_broadcast_is_refused_in_both_modes(holder, backward
 
 
 @pytest.mark.parametrize("backward", ["store", "invert"])
-@pytest.mark.parametrize("result", [lambda y: (y, y), lambda y: None, lambda y: {"y": y}], ids=["tuple", "none", "dict"])
+@pytest.mark.parametrize(
+    "result", [lambda y: (y, y), lambda y: None, lambda y: {"y": y}], ids=["tuple", "none", "dict"]
+)
 def test_a_result_that_is_no_tensor_is_refused_in_both_modes(backward, result):
     with refused("Lambda", "tensor"):
         run(lambda: ANY.chain(lambda c: Lambda(c, after=result)), images(), backward=backward)
@@ -423,7 +425,9 @@ def test_values_that_are_not_numbers_are_seen(holder, value):
 
 def test_an_empty_chain_is_the_identity():
     assert_promise(lambda: InvertibleChain([]), images())
-    assert_promise(lambda: InvertibleChain([InvertibleChain([]), InvertibleLeakyReLU(0.5), InvertibleChain([])]), images())
+    assert_promise(
+        lambda: InvertibleChain([InvertibleChain([]), InvertibleLeakyReLU(0.5), InvertibleChain([])]), images()
+    )
 
 
 def test_the_output_of_an_empty_chain_is_not_written_into_the_input():
@@ -468,4 +472,6 @@ def test_moving_a_model_between_two_steps():
         model.zero_grad()
         return first, backward_of_loss(model, x)
 
-    assert_promise(lambda: ANY.chain(lambda c: nn.Sequential(conv(c), nn.BatchNorm2d(c))), images(), step=step, tolerance=1e-6)
+    assert_promise(
+        lambda: ANY.chain(lambda c: nn.Sequential(conv(c), nn.BatchNorm2d(c))), images(), step=step, tolerance=1e-6
+    )

@@ -215,7 +215,12 @@ def test_something_that_is_no_module_at_the_end_of_a_chain_is_refused():
 
 # ---- layers --------------------------------------------------------------------------------------
 
-NOT_LAYERS = {"module": lambda: nn.ReLU(), "no-inverse": NoInverse, "function": lambda: torch.relu, "none": lambda: None}
+NOT_LAYERS = {
+    "module": lambda: nn.ReLU(),
+    "no-inverse": NoInverse,
+    "function": lambda: torch.relu,
+    "none": lambda: None,
+}
 
 
 @pytest.mark.parametrize("kind", NOT_LAYERS)

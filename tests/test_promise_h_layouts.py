@@ -1,4 +1,4 @@
-"""Kind H: data of any layout, and the vocabulary that users of other libraries bring. Each layer is held to the promise.
+"""Kind H: data of any layout, and the vocabulary that users of other libraries bring; all held to the promise.
 
 What is new is imported inside the tests, so that each tells on its own what is missing.
 """
@@ -79,11 +79,15 @@ def test_couplings_of_every_layout(layout, per_sample, piece_bytes):
 @in_both_modes
 @in_every_layout
 def test_a_wrong_size_of_the_split_dimension_is_refused(layout, backward):
-    shape, dim, function = LAYOUTS[layout]
+    shape, dim, _ = LAYOUTS[layout]
     wrong = list(shape)
     wrong[dim] = 10
     with refused("8", "10"):
-        run(lambda: InvertibleChain([AdditiveCoupling(8, nn.Tanh(), nn.Tanh(), dim=dim)]), values(*wrong), backward=backward)
+        run(
+            lambda: InvertibleChain([AdditiveCoupling(8, nn.Tanh(), nn.Tanh(), dim=dim)]),
+            values(*wrong),
+            backward=backward,
+        )
 
 
 @pytest.mark.parametrize("dim", [0, 5, -6], ids=str)

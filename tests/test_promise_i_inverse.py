@@ -1,4 +1,4 @@
-"""Kind I: inverting as a user. In evaluation mode it works as it stands; where something is missing, the error says what."""
+"""Kind I: inverting as a user. In evaluation mode it works as it is; if something is missing, the error says what."""
 
 import pytest
 import torch
@@ -39,9 +39,9 @@ from revtrain.layers import (
 in_both_modes = pytest.mark.parametrize("backward", ["store", "invert"])
 LAYER_CASES = pytest.mark.parametrize("case", LAYERS, ids=ids(LAYERS))
 # what needs numbers of the forward pass: statistics of the batch, masks of a dropout
-NEEDS_SAVED = [
-    case for case in LAYERS if "norm" in case.name or case.name.split("-")[0] in ("chunked", "chain")
-] + [case for case in LAYERS if case.name in ("coupling-plain", "coupling-dropout", "coupling-chains")]
+NEEDS_SAVED = [case for case in LAYERS if "norm" in case.name or case.name.split("-")[0] in ("chunked", "chain")] + [
+    case for case in LAYERS if case.name in ("coupling-plain", "coupling-dropout", "coupling-chains")
+]
 PURE = [case for case in LAYERS if case not in NEEDS_SAVED]
 
 
@@ -317,7 +317,9 @@ def test_prenorm_in_evaluation_mode_uses_the_running_statistics():
 
 def test_both_modes_have_the_same_inverse():
     for holder in HOLDERS:
-        stored, inverted = (ready(lambda holder=holder: holder.chain(conv), backward) for backward in ("store", "invert"))
+        stored, inverted = (
+            ready(lambda holder=holder: holder.chain(conv), backward) for backward in ("store", "invert")
+        )
         with torch.no_grad():
             y = stored(images())
             torch.testing.assert_close(stored.inverse(y), inverted.inverse(y), rtol=1e-9, atol=1e-9)

@@ -493,20 +493,27 @@ def test_a_validation_between_the_passes_is_legal(kind):
     assert_promise(lambda: ANY.chain({**STATEFUL, **NORMS, **RANDOM}[kind]), images(), step=step)
 
 
-@pytest.mark.parametrize("holder", [ANY, PRENORM, OWN], ids=lambda holder: holder.name)
-def test_the_forward_passs_autocast_is_that_of_the_recomputation(holder):
-    """Entered for the forward pass only, as the documentation of torch recommends, in F alone or around all of it."""
+@in_every_holder
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_the_autocast_of_the_forward_pass_is_that_of_the_recomputation(holder, where):
+    """Entered for one of the two passes alone; torch recommends the first. F tells which state it is run in."""
 
-    class Casts(nn.Module):
+    class Tells(nn.Module):
         def __init__(self, channels):
             super().__init__()
             self.conv = conv(channels)
 
         def forward(self, x):
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                return self.conv(x).to(x.dtype)
+            return self.conv(x) * (2 if torch.is_autocast_enabled("cpu") else 1)
 
-    assert_promise(lambda: holder.chain(Casts), images(), tolerance=1e-6)
+    def step(model, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=where == "forward"):
+            y = model(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=where == "backward"):
+            loss_of(y).backward()
+        return y
+
+    assert_promise(lambda: holder.chain(Tells), images(), step=step)
 
 
 # ---- layers of the user's own --------------------------------------------------------------------

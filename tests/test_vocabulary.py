@@ -185,7 +185,7 @@ def test_functions_of_every_kind(make, kind):
                 x.mul_(2).add_(1)
             y = self.linear(x) + 0 * self.map
             if kind == "constant":
-                return torch.ones_like(y).detach() + 0 * self.map
+                return torch.ones_like(y)
             if kind == "identity":
                 return x if result == 2 else torch.cat([x, x], 1)
             if kind == "learned map":
@@ -283,15 +283,15 @@ def test_conv1x1_begins_orthogonal_and_mixes_the_channels_of_each_position():
 
 
 def test_conv1x1_loses_no_more_digits_than_its_condition_number():
-    """W^-1 comes from float64: at a condition number of 1e4 float32 keeps three digits of x."""
+    """At 1e4, float32 keeps three digits of x or more; with W^-1 from float32 the error is six times as large."""
     torch.manual_seed(0)
-    layer = InvertibleConv1x1(8)
-    u, _, v = torch.linalg.svd(torch.randn(8, 8, dtype=torch.float64))
-    layer.weight.data = (u * torch.logspace(0, -4, 8, dtype=torch.float64) @ v).float()
+    layer = InvertibleConv1x1(64)
+    u, _, v = torch.linalg.svd(torch.randn(64, 64, dtype=torch.float64))
+    layer.weight.data = (u * torch.logspace(0, -4, 64, dtype=torch.float64) @ v).float()
     assert torch.linalg.cond(layer.weight).item() == pytest.approx(1e4, rel=1e-2)
-    x = torch.randn(64, 8)
+    x = torch.randn(512, 64)
     with torch.no_grad():
-        assert (layer.inverse(layer(x)) - x).norm() / x.norm() < 1e-3
+        assert (layer.inverse(layer(x)) - x).norm() / x.norm() < 2e-4  # 1.1e-4; a solution in float64 has 0.9e-4
 
 
 def test_a_parametrised_conv1x1_gets_the_gradients_of_store():

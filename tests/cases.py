@@ -13,13 +13,20 @@ from torch import nn
 from revtrain.core.chain import InvertibleChain
 from revtrain.core.layer import InvertibleLayer
 from revtrain.layers import (
+    ActNorm,
     AdditiveCoupling,
+    AffineCoupling,
     BatchPooling,
+    ChannelPermutation,
     ChannelPooling,
     CouplingConv2d,
+    HaarPooling,
+    HalfSwap,
     HiddenChunkCoupling,
     InvertibleBatchNorm2d,
+    InvertibleConv1x1,
     InvertibleLeakyReLU,
+    MomentumCoupling,
     PreNorm,
 )
 from revtrain.models import architectures, build_model, traits
@@ -60,6 +67,11 @@ def prenorm(channels: int, dropout: float = 0.0) -> PreNorm:
     )
 
 
+def scale_and_shift(channels: int, result: int, dropout: float = 0.0) -> nn.Sequential:
+    """An ordinary function for an affine coupling, from `channels` to `result` channels."""
+    return nn.Sequential(plain(channels, dropout), nn.Conv2d(channels, result, 1))
+
+
 def everything() -> InvertibleChain:
     """All layers once, nested chains included: (B, 4, 4, 4) -> (4 B, 16, 1, 1)."""
     return InvertibleChain(
@@ -97,6 +109,18 @@ LAYERS = [
     LayerCase("batch-pooling", BatchPooling),
     LayerCase("channel-pooling-wide", ChannelPooling, (3, 2, 6, 4)),
     LayerCase("batch-pooling-wide", BatchPooling, (3, 2, 6, 4)),
+    LayerCase("affine", lambda: AffineCoupling(4, scale_and_shift(2, 4))),
+    LayerCase("affine-uneven", lambda: AffineCoupling((1, 3), scale_and_shift(3, 2), max_log_scale=0.5)),
+    LayerCase("affine-dropout", lambda: AffineCoupling(4, scale_and_shift(2, 4, 0.5))),
+    LayerCase("momentum", lambda: MomentumCoupling(4, plain(2))),
+    LayerCase("momentum-dropout", lambda: MomentumCoupling(4, plain(2, 0.5), momentum=0.5)),
+    LayerCase("half-swap", HalfSwap),
+    LayerCase("half-swap-uneven", lambda: HalfSwap(channels=(1, 3))),
+    LayerCase("permutation", lambda: ChannelPermutation(4)),
+    LayerCase("conv1x1", lambda: InvertibleConv1x1(4)),
+    LayerCase("actnorm", lambda: ActNorm(4)),
+    LayerCase("haar-pooling", HaarPooling),
+    LayerCase("haar-pooling-wide", HaarPooling, (3, 2, 6, 4)),
     LayerCase("chain-of-everything", everything),
 ]
 

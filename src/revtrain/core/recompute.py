@@ -397,8 +397,8 @@ class SecondRun:
 def sample(x: Tensor) -> Tensor | None:
     """What tells x from other tensors: two sums of a few of its values, with signs, and their size, (3,) float64.
 
-    The values are evenly spread over the memory of x. None under fake tensors, on a device whose values only waiting would
-    give, and where there are none.
+    The values are evenly spread over the memory of x. None under fake tensors, where there are no
+    values, and on a GPU, for which it would have to wait.
     """
     if isinstance(x, FakeTensor) or x.device.type != "cpu" or x.numel() == 0 or not x.is_floating_point():
         return None

@@ -9,6 +9,13 @@ HiddenChunkCoupling       not in the paper   wide F and G, a few hidden channels
 PreNorm                   not in the paper   F or G = a per-sample function of BN(x), a few images at a time
 ChannelPooling            Eq. 29a            2x2 pixels into channels
 BatchPooling              Eq. 29c            2x2 pixels into the batch
+HaarPooling               Haar 1910          2x2 pixels into channels: their average and what it leaves out
+AffineCoupling            Real NVP, 2017     y1 = x1 exp(s) + t, y2 = x2, s and t from any function of x2
+MomentumCoupling          Sander 2021        v' = m v + (1 - m) F(x), x' = x + v': residual blocks of full width
+HalfSwap                  -                  (x1, x2) -> (x2, x1)
+ChannelPermutation        -                  a fixed random order of the channels
+InvertibleConv1x1         Glow, 2018         a learned, invertible mixture of the channels
+ActNorm                   Glow, 2018         a scale and a shift a channel that begin by normalising the first batch
 Head                      (no inverse)       from the last state of a chain to the logits
 
 `synchronise_batch_norms` lets the batch norms of a model use the statistics of several processes.
@@ -16,11 +23,17 @@ Head                      (no inverse)       from the last state of a chain to t
 """
 
 from revtrain.layers.activation import InvertibleLeakyReLU
+from revtrain.layers.actnorm import ActNorm
+from revtrain.layers.affine import AffineCoupling
 from revtrain.layers.batchnorm import InvertibleBatchNorm2d
 from revtrain.layers.bounded import BoundedConv2d, bounds_weights, constrain_
+from revtrain.layers.conv1x1 import InvertibleConv1x1
 from revtrain.layers.coupling import AdditiveCoupling, CouplingConv2d
+from revtrain.layers.haar import HaarPooling
 from revtrain.layers.head import Head
 from revtrain.layers.hidden_chunks import Activation, HiddenChunkCoupling, WideResidual
+from revtrain.layers.momentum import MomentumCoupling
+from revtrain.layers.permute import ChannelPermutation, HalfSwap
 from revtrain.layers.pooling import BatchPooling, ChannelPooling, check_pooling, merge_sub_images
 from revtrain.layers.prenorm import PreNorm
 from revtrain.layers.sync import SynchronisedBatchNorm2d, synchronise_batch_norms, unsynchronised
@@ -29,17 +42,24 @@ ChunkedCoupling = HiddenChunkCoupling  # former names
 Readout = Head
 
 __all__ = [
+    "ActNorm",
     "Activation",
     "AdditiveCoupling",
+    "AffineCoupling",
     "BatchPooling",
     "BoundedConv2d",
+    "ChannelPermutation",
     "ChannelPooling",
     "ChunkedCoupling",
     "CouplingConv2d",
+    "HaarPooling",
+    "HalfSwap",
     "Head",
     "HiddenChunkCoupling",
     "InvertibleBatchNorm2d",
+    "InvertibleConv1x1",
     "InvertibleLeakyReLU",
+    "MomentumCoupling",
     "PreNorm",
     "Readout",
     "SynchronisedBatchNorm2d",

@@ -1,0 +1,65 @@
+"""A user's function f inside a layer: run forward, once more for the inverse, once more with a graph.
+
+The one place at which the affine and the momentum coupling run their function, so that both restore the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from revtrain.core.gradients import Gradients
+from revtrain.core.layer import differentiate_
+from revtrain.core.recompute import FirstRun, SecondRun, parameters_of
+from revtrain.errors import RevtrainError
+
+
+def own_copy(x: Tensor) -> Tensor:
+    """x for a function that may write into it: dense, and differentiable."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def run(function: nn.Module, x: Tensor) -> tuple[Tensor, FirstRun]:
+    """function(x) for the first time, and what a second run needs to be the first one again."""
+    first = FirstRun(function, x.device)
+    result = first(own_copy(x))
+    return result, first.end()
+
+
+def run_again(function: nn.Module, x: Tensor, first: FirstRun | None) -> Tensor:
+    """function(x) once more; running statistics and random numbers stay as they are.
+
+    Without `first`, for a function that draws no random numbers. Raises `RevtrainError` where it does.
+    """
+    if first is not None:
+        with SecondRun(first) as again:
+            return again(own_copy(x))
+    fresh = FirstRun(function, x.device).begin_again()
+    with SecondRun(fresh) as again:
+        result = again.within(function, own_copy(x))
+        drew = fresh.generators is not None and fresh.generators.have_changed()
+    if drew:
+        raise RevtrainError(
+            f"The inverse of f, a {type(function).__name__}, needs the random numbers of the forward pass.\n"
+            "Call eval() first, or hand over the `saved` that forward_ returned."
+        )
+    return result
+
+
+def run_backward(
+    function: nn.Module, x: Tensor, first: FirstRun, grads: Gradients, gradient_of: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The gradient of x; those of the function's parameters are added to `grads`.
+
+    `gradient_of` is given function(x), not to be written to, and returns its gradient: a tensor that nobody else holds.
+    """
+    wanted = grads.wanted(parameters_of(function))
+    leaf = x.detach().requires_grad_()
+    with SecondRun(first, wanted) as again, torch.enable_grad():
+        result = again(leaf)
+    with torch.no_grad():
+        dresult = gradient_of(result.detach())
+    dx = differentiate_(result, leaf, (), again.leaves, dresult, wanted, grads)
+    return torch.zeros_like(x) if dx is None else dx

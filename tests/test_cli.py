@@ -114,7 +114,7 @@ def image_folder(folder, size=8):
 
 def of_folder(folder, cache):
     return [
-        *TINY,
+        *(word for word in TINY if not word.startswith("data")),  # of data=synthetic
         "data=imagefolder",
         f"data.root={folder}",
         f"data.cache={cache}",

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "inference": BUILT | {"data", "runs", "report", "figures", "__init__"},
     "cli": GROUND | {"data", "figures", "runs", "training", "inference", "report", "conf", "__init__"},
     # for programs that import revtrain
-    "__init__": BUILT | {"planning", "training"},
+    "__init__": BUILT | {"planning", "training", "conf"},
     "__main__": {"cli"},
     "chain": {"core"},
     "invertible": {"core"},

@@ -41,7 +41,8 @@ def explain(error: BaseException) -> str | None:
         return _explain_composition(error)
     if isinstance(error, ValueError) and "Config group override" in str(error):
         return (
-            f"A group ({', '.join(GROUPS)}) takes the name of one of its files, as in arch={registry.default('arch')}.\n"
+            f"A group ({', '.join(GROUPS)}) takes the name of one of its files, "
+            f"as in arch={registry.default('arch')}.\n"
             "revtrain --help lists them."
         )
     return _explain_folder(error)

@@ -14,11 +14,12 @@ from revtrain.conf import compose, slug
 from revtrain.config import all_keys, expected, read, schema, sections
 from revtrain.config.help import keys_help
 from revtrain.data import datasets
+from revtrain.data.synthetic import facts
 from revtrain.errors import RevtrainError
 from revtrain.models import architectures
 
 CONF = Path(revtrain.conf.__file__).parent
-VARIANTS = {"layerwise_paper": "layerwise"}  # yamls of arch/ that set more than the architecture
+VARIANTS = {"layerwise_paper": "layerwise", "hybrid_mixed": "hybrid"}  # yamls of arch/ that set more than arch
 YAMLS = [
     (group, path.stem) for group in ("arch", "data", "scale", "experiment") for path in (CONF / group).glob("*.yaml")
 ]
@@ -71,6 +72,19 @@ def test_command_line_wins_over_experiment_and_experiment_over_groups():
     cfg = compose(["experiment=quickstart", "width=24", "arch=layerwise", "data=imagefolder"])
     assert (cfg.width, cfg.arch, cfg.data.name) == (24, "layerwise", "imagefolder")
     assert cfg.batch == plain.batch
+
+
+def test_the_quickstart_shows_what_revtrain_is_for():
+    cfg = read(compose(["experiment=quickstart"]))
+    assert (cfg.network.arch, cfg.network.backward, cfg.network.own.stream) == ("hybrid", "invert", "auto")
+    assert cfg.data.name == "synthetic" and facts(cfg.data).image_size == 32  # no download
+
+
+@pytest.mark.parametrize("arch", [*architectures(), *VARIANTS])
+@pytest.mark.parametrize("data", datasets())
+def test_the_quickstart_runs_with_another_arch_and_data(arch, data):
+    cfg = read(compose(["experiment=quickstart", f"arch={arch}", f"data={data}", "data.root=."]))
+    assert (cfg.network.arch, cfg.data.name) == (VARIANTS.get(arch, arch), data)
 
 
 WRONG = [

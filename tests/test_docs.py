@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import importlib.util
-import itertools
 import json
 import os
 import re
@@ -25,6 +24,8 @@ import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from revtrain.conf import compose
@@ -232,7 +233,7 @@ def commands_of(page: Path) -> Iterator[tuple[list[str], bool]]:
 
 
 def each_run(words: list[str]) -> Iterator[list[str]]:
-    """The overrides of every run that `revtrain WORDS` would start, without Hydra's own."""
+    """The overrides of runs that `revtrain WORDS` would start, without Hydra's own: in all, every value once."""
     multirun = "-m" in words
     words = [word for word in words if word != "-m"]
     own = [word for word in words if re.match(r"\+*hydra[./]", word)]
@@ -260,8 +261,8 @@ def each_run(words: list[str]) -> Iterator[list[str]]:
         for parsed in swept.values()
         if parsed.is_sweep_override()
     ]
-    for combination in itertools.product(*choices):
-        yield [*fixed, *combination]
+    for turn in range(max(map(len, choices), default=1)):
+        yield [*fixed, *(values[min(turn, len(values) - 1)] for values in choices)]
 
 
 def check_revtrain(words: list[str], folder: Path) -> None:
@@ -404,15 +405,16 @@ def exists(dotted: str) -> bool:
     return False
 
 
+@cache
 def usable(assignment: str) -> bool:
     """Whether some architecture takes this key=value."""
-    for arch in architectures():
-        for data in ("synthetic", "imagefolder"):
-            try:
-                read(compose([f"arch={arch}", f"data={data}", "data.root=FOLDER", assignment]))
-                return True
-            except Exception:
-                continue
+    data = "imagefolder" if assignment.startswith(("experiment=fig", "experiment=cifar10")) else "synthetic"
+    for arch in sorted(architectures(), key="hybrid".__ne__):  # the default first: most take its keys
+        try:
+            read(compose([f"arch={arch}", f"data={data}", "data.root=FOLDER", assignment]))
+            return True
+        except (RevtrainError, HydraException, OmegaConfBaseException):
+            continue
     return False
 
 

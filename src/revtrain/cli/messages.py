@@ -13,7 +13,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from revtrain.config import all_keys, did_you_mean, expected, flatten, sections
+from revtrain.config import all_keys, did_you_mean, expected, flatten, registry, sections
 from revtrain.errors import RevtrainError
 
 GROUPS = ("arch", "data", "scale", "experiment")
@@ -41,7 +41,8 @@ def explain(error: BaseException) -> str | None:
         return _explain_composition(error)
     if isinstance(error, ValueError) and "Config group override" in str(error):
         return (
-            f"A group ({', '.join(GROUPS)}) takes the name of one of its files, as in arch=hybrid.\n"
+            f"A group ({', '.join(GROUPS)}) takes the name of one of its files, "
+            f"as in arch={registry.default('arch')}.\n"
             "revtrain --help lists them."
         )
     return _explain_folder(error)

@@ -134,7 +134,7 @@ def _run(cfg: DictConfig) -> float | None:
     """
     context = HydraConfig.get()
     run_dir = Path(context.runtime.output_dir)
-    overrides = [str(word) for word in context.overrides.task]
+    overrides = cast(list[str], OmegaConf.to_container(context.overrides.task, resolve=False))
     if context.mode != RunMode.MULTIRUN:
         return _single_job(cfg, run_dir, overrides)
     done = sweeps.ended(run_dir)

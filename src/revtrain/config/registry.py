@@ -51,9 +51,9 @@ def preset(group: str, name: str) -> dict[str, Any]:
     """
     from omegaconf import OmegaConf
 
-    own = find_spec("revtrain.conf")  # found, not imported: that would need Hydra
-    folders = [*((own and own.submodule_search_locations) or ()), *(each / "conf" for each in plugin_folders())]
-    places = [Path(folder) / group / f"{name}.yaml" for folder in folders]
+    places = [
+        folder / group / f"{name}.yaml" for folder in (*_own_conf(), *(each / "conf" for each in plugin_folders()))
+    ]
     for place in places:
         if place.is_file():
             values: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(place))  # type: ignore[assignment]
@@ -63,6 +63,20 @@ def preset(group: str, name: str) -> dict[str, Any]:
                 below |= preset(group, base)
             return below | values
     return {}
+
+
+def default(group: str) -> str | None:
+    """What `conf/config.yaml` chooses of a group; None: nothing."""
+    from omegaconf import OmegaConf
+
+    (folder,) = _own_conf()
+    entries: list[Any] = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))["defaults"]  # type: ignore
+    return next((each[group] for each in entries if isinstance(each, dict) and group in each), None)
+
+
+def _own_conf() -> list[Path]:
+    spec = find_spec("revtrain.conf")  # found, not imported: that would need Hydra
+    return [Path(each) for each in (spec and spec.submodule_search_locations) or ()]
 
 
 def _package(name: str) -> ModuleType:

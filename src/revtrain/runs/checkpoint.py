@@ -142,6 +142,12 @@ def _read(path: Path, key: str) -> dict[str, Any]:
     return state | {"path": path}
 
 
+def folder_of(path: str | Path) -> Path:
+    """The folder, resolved, of the run that `resume=path` names: the path itself, or that of the checkpoint in it."""
+    path = Path(path)
+    return (path.parent if path.name in (NAME, PREVIOUS) else path).resolve()
+
+
 def put_in_place(state: dict[str, Any]) -> None:
     """Let the file that `state` was read from be `last.pt`: a run that goes on in its own folder keeps the file that
     is there as `previous.pt`, and that must not be a damaged one.

@@ -1,4 +1,4 @@
-"""Training, from top to bottom: `train` is the door, `Run` the network in training with its steps.
+"""Training, from top to bottom: `train` is the door, `Session` what comes before and after, `Run` the training itself.
 
 The configuration is read once, at the door. B images of a batch, H = W pixels a side.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,7 +36,6 @@ from revtrain.training import errors
 from revtrain.training.evaluate import evaluate
 from revtrain.training.forecast import Forecast
 from revtrain.training.overflows import OverflowWatch
-from revtrain.training.prepare import check_resumed, choose_batch, in_place, with_batch
 from revtrain.training.probe import Probe
 from revtrain.training.progress import Clock, Progress
 
@@ -68,71 +68,129 @@ def train(cfg: DictConfig | dict[str, Any] | Config, run_dir: str | Path, overri
         revtrain.machine.sigterm.Terminated: SIGTERM; last.pt holds the last completed step, also within an epoch.
     """
     with sigterm.watching():
-        return _to_its_end(read(cfg), Path(run_dir).absolute(), list(overrides or ()))
+        return Session(read(cfg), Path(run_dir).absolute(), list(overrides or ())).to_its_end()
 
 
-def _to_its_end(config: Config, run_dir: Path, overrides: list[str]) -> Result:
-    """Do what `config` asks for; however that ends, result.json says so."""
-    processes = Processes.of_environment()
-    if processes.leads and holds_run(run_dir) and not in_place(config, run_dir):
-        raise errors.folder_taken(run_dir)
-    kind = RunWriter if processes.leads else SilentWriter
-    writer = kind(run_dir, flat(config), overrides)
-    try:
-        with processes.failing_together():
-            if processes.leads:
-                run_dir.mkdir(parents=True, exist_ok=True)
-            writer.finish(_carry_out(config, run_dir, writer, processes))
-    except KeyboardInterrupt:
-        with suppress(OSError):
-            writer.finish("interrupted")
-        raise
-    except Exception as error:
-        mendable = errors.explain(error, run_dir, overrides)
-        with suppress(OSError):  # a full disk may not take result.json either; the error itself matters more
-            writer.finish("failed", mendable or error)
-        if mendable is None or mendable is error:
+class Session:
+    """One call of `train`: the configuration that was read, and who takes part. From here on it is not handed around.
+
+    Args:
+        config: of the run.
+        run_dir: absolute.
+        overrides: the command line.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, overrides: list[str]):
+        self.config, self.run_dir, self.overrides = config, run_dir, overrides
+        self.processes = Processes.of_environment()
+        if self.processes.leads and holds_run(run_dir) and not self.in_place:
+            raise errors.folder_taken(run_dir)
+        kind = RunWriter if self.processes.leads else SilentWriter
+        self.writer = kind(run_dir, flat(config), overrides)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the run to resume is the one of this folder."""
+        resume = self.config.machine.resume
+        return resume is not None and checkpoint.folder_of(resume) == self.run_dir.resolve()
+
+    def to_its_end(self) -> Result:
+        """Do what the configuration asks for; however that ends, result.json says so."""
+        writer, processes = self.writer, self.processes
+        try:
+            with processes.failing_together():
+                if processes.leads:
+                    self.run_dir.mkdir(parents=True, exist_ok=True)
+                writer.finish(self.carry_out())
+        except KeyboardInterrupt:
+            with suppress(OSError):
+                writer.finish("interrupted")
             raise
-        raise mendable from error
-    finally:
-        processes.close()
-    if writer.result["status"] == "completed":
-        log.info("%s", writer.table())
-    return writer.result
+        except Exception as error:
+            mendable = errors.explain(error, self.run_dir, self.overrides)
+            with suppress(OSError):  # a full disk may not take result.json either; the error itself matters more
+                writer.finish("failed", mendable or error)
+            if mendable is None or mendable is error:
+                raise
+            raise mendable from error
+        finally:
+            processes.close()
+        if writer.result["status"] == "completed":
+            log.info("%s", writer.table())
+        return writer.result
 
+    def carry_out(self) -> Status:
+        """Plan, or load the data and train; the status."""
+        machine, processes, writer = self.config.machine, self.processes, self.writer
+        own_share = processes.of_one(self.config)  # or the batch is refused
+        device = devices.choose_device(processes.device_name(machine.device))
+        devices.check_precision(device, self.config.network.precision)
+        if machine.plan:
+            plan = planning.make_plan(own_share, device)
+            writer.planned(plan)
+            writer.result["device"] = devices.describe(device)
+            log.info("%s", plan.table())
+            return "planned"
+        processes.connect(device)
+        resumed = checkpoint.load(machine.resume) if machine.resume is not None else None
+        with processes.first_of_machine_first():
+            dataset = data.load_data(self.config.data)
+        images, available = Images(len(dataset.classes), dataset.image_size), len(dataset.train.labels)
+        batch = self.settle_batch(images, available, resumed, device)
+        planning.cap_memory(machine.memory_limit, device)
+        if resumed is not None:
+            self.check_resumed(resumed, images, available)
+        log.info("data       %s: %d + %d images, %dx%d, %d classes", self.config.data.name, available,
+                 len(dataset.test.labels), images.size, images.size, images.classes)  # fmt: skip
+        try:
+            with sigterm.deferred():
+                Run(self, batch, dataset, device).train(resumed)
+        except (RuntimeError, MemoryError) as error:
+            if not errors.is_out_of_memory(error):
+                raise
+            raise errors.out_of_memory(self.config, processes.share(batch), images, device, processes) from error
+        return "completed"
 
-def _carry_out(config: Config, run_dir: Path, writer: RunWriter, processes: Processes) -> Status:
-    """Plan, or load the data and train; the status."""
-    machine, own_share = config.machine, processes.of_one(config)  # or the batch is refused
-    device = devices.choose_device(processes.device_name(machine.device))
-    devices.check_precision(device, config.network.precision)
-    if machine.plan:
-        plan = planning.make_plan(own_share, device)
+    def settle_batch(self, images: Images, available: int, resumed: dict[str, Any] | None, device: torch.device) -> int:
+        """The images of a step: as given, or with batch=auto as the run to go on with had it, or the largest that fits.
+
+        Raises:
+            RevtrainError: a given one is larger than the training set, or needs more than `memory_limit`.
+        """
+        batch, processes, writer = self.config.training.batch, self.processes, self.writer
+        if batch == "auto" and resumed is not None:  # as it was: what fits now may be another number
+            self.take_batch(int(resumed["config"]["batch"]))
+            batch = self.config.training.batch
+        if isinstance(batch, int):
+            planning.check_batch(batch, available)
+            if self.config.machine.memory_limit is None:
+                return batch
+        own_share = processes.of_one(self.config)
+        plan = planning.make_plan(own_share, device, images.classes, images.size, available // processes.size)
         writer.planned(plan)
-        writer.result["device"] = devices.describe(device)
-        log.info("%s", plan.table())
-        return "planned"
-    processes.connect(device)
-    resumed = checkpoint.load(machine.resume) if machine.resume is not None else None
-    with processes.first_of_machine_first():
-        dataset = data.load_data(config.data)
-    images, available = Images(len(dataset.classes), dataset.image_size), len(dataset.train.labels)
-    batch = choose_batch(config, images, available, resumed, device, writer, processes)
-    config = with_batch(config, batch)
-    writer.result["config"] = flat(config)
-    planning.cap_memory(machine.memory_limit, device)
-    if resumed is not None:
-        check_resumed(resumed, config, run_dir, images, available, processes)
-    log.info("data       %s: %d + %d images, %dx%d, %d classes", config.data.name, available,
-             len(dataset.test.labels), images.size, images.size, images.classes)  # fmt: skip
-    try:
-        with sigterm.deferred():
-            Run(config, batch, dataset, device, run_dir, writer, processes).train(resumed)
-    except (RuntimeError, MemoryError) as error:
-        if not errors.is_out_of_memory(error):
-            raise
-        raise errors.out_of_memory(config, processes.share(batch), images, device, processes) from error
-    return "completed"
+        batch = processes.least(plan.batch) * processes.size
+        self.take_batch(batch)
+        if not plan.fits:
+            raise processes.of_one_process(plan.refusal())
+        log.info("plan       batch %d needs %.1f of %.1f MiB; the largest that fits is %d",
+                 plan.batch, plan.needed_bytes / devices.MIB, (plan.limit_bytes or 0) / devices.MIB,
+                 plan.largest_batch)  # fmt: skip
+        return batch
+
+    def take_batch(self, batch: int) -> None:
+        """Go on with another batch, and record it."""
+        self.config = replace(self.config, training=replace(self.config.training, batch=batch))
+        self.writer.result["config"] = flat(self.config)
+
+    def check_resumed(self, resumed: dict[str, Any], images: Images, available: int) -> None:
+        """Refuse a checkpoint of another network or data set; say what costs bit-equality."""
+        processes = self.processes
+        same_folder = processes.of_leader(self.in_place)
+        differences = checkpoint.check_compatible(resumed, flat(self.config), images.classes, available, same_folder)
+        if resumed.get("processes", 1) != processes.size:
+            differences.append(f"processes: {resumed.get('processes', 1)} in the checkpoint, {processes.size} now")
+        for difference in differences:
+            log.warning("resume     no longer bit-equal to an uninterrupted run: %s", difference)
 
 
 # ---- the run ---------------------------------------------------------------------------------------------
@@ -142,23 +200,16 @@ class Run:
     """A network in training: what belongs to it, and the steps of its training.
 
     Args:
-        config: of the run. batch: images of a step, of all processes together.
+        session: what was asked for, and who takes part.
+        batch: images of a step, of all processes together.
         dataset: uint8 images on the CPU.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        batch: int,
-        dataset: Dataset,
-        device: torch.device,
-        run_dir: Path,
-        writer: RunWriter,
-        processes: Processes,
-    ):
+    def __init__(self, session: Session, batch: int, dataset: Dataset, device: torch.device):
+        config, processes = session.config, session.processes
         training, precision = config.training, config.network.precision
-        self.config, self.batch, self.dataset, self.device = config, batch, dataset, device
-        self.run_dir, self.writer, self.processes = run_dir, writer, processes
+        self.session, self.config, self.writer, self.processes = session, config, session.writer, processes
+        self.run_dir, self.batch, self.dataset, self.device = session.run_dir, batch, dataset, device
         self.epochs, self.precision = training.epochs, precision
         self.steps = len(dataset.train.labels) // batch  # of an epoch; the last, incomplete batch is dropped
         self.images = Images(len(dataset.classes), dataset.image_size)
@@ -230,7 +281,7 @@ class Run:
             self.progress = Progress.from_dict(saved["partial"], self.device)
         log.info("resume     %s after epoch %d%s", self.config.machine.resume, self.epoch,
                  f" and {self.progress.step} of {self.steps} steps" if self.progress else "")  # fmt: skip
-        if self.processes.leads and in_place(self.config, self.run_dir):
+        if self.processes.leads and self.session.in_place:
             checkpoint.put_in_place(saved)
         return saved["history"]
 

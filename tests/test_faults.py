@@ -766,7 +766,8 @@ def image_folder(folder, side=8):
 
 def of_folder(folder):
     words = ["data=imagefolder", f"data.root={folder}", f"data.cache={folder.parent / 'cache'}", "batch=4"]
-    return [*TINY, *words, "data.augment.pad=2", "epochs=1", "probe.batch=2"]
+    others = [word for word in TINY if not word.startswith("data")]  # of data=synthetic
+    return [*others, *words, "data.augment.pad=2", "epochs=1", "probe.batch=2"]
 
 
 def assert_refused(ran, *fragments):

@@ -119,7 +119,7 @@ class InvertibleChain(InvertibleLayer):
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
         """The chain's result, with side inputs `context` for those layers and functions that take some."""
         self._check_input(x, context)
-        if self.backward_mode == "store":
+        if self.backward_mode == "store" or not x.numel():  # of an empty batch nothing is stored
             with pass_of(x.dtype):
                 y = self.state_format.snap(x)
                 for layer in self.layers:

@@ -120,11 +120,11 @@ class InvertibleLayer(nn.Module):
         sides = [each.detach().requires_grad_(each.requires_grad) for each in context]
         with torch.enable_grad(), SecondRun(first, wanted) as again:
             recomputed = again(leaf, *sides) if first.outputs else again.within(self.forward, leaf, *sides)
-        dx = differentiate_(recomputed, leaf, sides, again.leaves, dy, (*context, *wanted), grads)
+        dx = differentiate_(recomputed, leaf, sides, again.leaves, dy, (*context, *wanted), grads, writes_on=False)
         if dx is None:
             return x, torch.zeros_like(x)
         dx = dx.to(dy.dtype)
-        own = is_dense(dx) and not shares_memory(dx, x)
+        own = is_dense(dx) and not shares_memory(dx, x) and not shares_memory(dx, dy)
         return x, dx if own else dx.clone(memory_format=torch.contiguous_format)
 
     def _compare(self, first: FirstRun, y: Tensor | None, x: Tensor) -> None:
@@ -154,13 +154,16 @@ def differentiate_(
     dy: Tensor,
     owners: Sequence[Tensor],
     grads: Gradients,
+    writes_on: bool = True,
 ) -> Tensor | None:
     """The gradient of `leaf`; those of `sides` and `leaves` go to `grads` for their `owners`, in this order.
 
-    None where y does not depend on `leaf`. The result may share memory with dy.
+    None where y does not depend on `leaf`. The result may share memory with dy. `writes_on`: the caller goes on writing
+    into dy.
 
     Raises:
-        RevtrainError: autograd refuses, as for a reentrant checkpoint.
+        RevtrainError: autograd refuses, as for a reentrant checkpoint; or a hook has kept a view of dy, which the
+            caller will write into.
     """
     if not y.requires_grad:  # a constant
         return None
@@ -189,6 +192,8 @@ def differentiate_(
     while gradients:  # one at a time, so that each is gone before the next piece
         grads.add(owners[len(gradients) - 1], gradients.pop(), lent=dy)
     is_handed = dleaf is handed
+    if not writes_on:
+        return dleaf
     if sys.getrefcount(handed) > REFERENCES + is_handed:  # a hook has kept it: it gets a copy, the chain goes on
         handed.data = handed.clone()
     elif users_of_memory(dy) > users + (dleaf is not None and not is_handed and shares_memory(dleaf, dy)):

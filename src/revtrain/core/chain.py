@@ -292,7 +292,7 @@ class _ChainFunction(torch.autograd.Function):
         chain, grads, context = ctx.chain, Gradients(ctx.tensors), tuple(ctx.as_it_was.context)
         ctx.as_it_was.check()
         state = saved_state.detach() if ctx.owns_state else saved_state.detach().clone()
-        with ctx.as_it_was.restored(), ctx.autocast(), pass_of(ctx.input_dtype):
+        with ctx.as_it_was.restored(), ctx.autocast(), pass_of(ctx.input_dtype, observed=chain.observer is not None):
             if chain.head is None:
                 # dy may be shared with other branches of the caller's graph, or be expanded: a copy to work in.
                 dstate = dy.to(ctx.gradient_dtype, copy=True, memory_format=torch.contiguous_format)

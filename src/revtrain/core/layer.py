@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from revtrain.core.gradients import Gradients
 from revtrain.core.pieces import MIB
-from revtrain.core.precision import read_dtype
+from revtrain.core.precision import current_pass, read_dtype
 from revtrain.core.recompute import (
     FirstRun,
+    Sample,
     SecondRun,
     difference,
     is_dense,
@@ -127,9 +128,10 @@ class InvertibleLayer(nn.Module):
         own = is_dense(dx) and not shares_memory(dx, x) and not shares_memory(dx, dy)
         return x, dx if own else dx.clone(memory_format=torch.contiguous_format)
 
-    def _compare(self, first: FirstRun, y: Tensor | None, x: Tensor) -> None:
+    def _compare(self, first: FirstRun, y: Sample | None, x: Tensor) -> None:
         """Raise `RevtrainError` where the inverse of y (a sample of it) is far from what `forward` was given."""
-        if not first.samples or first.samples[0] is None:
+        current = current_pass()
+        if not first.samples or first.samples[0] is None or (current is not None and current.observed):
             return
         x_before, y_before = first.samples[0]
         if difference(x_before, sample(x)) > tolerance(x.dtype, difference(y_before, y)):

@@ -25,15 +25,16 @@ class Pass:
 
     dtype: torch.dtype
     no_numbers: list[Tensor] | None = None  # () each, boolean; None: nobody asks
+    observed: bool = False  # an observer measures what the inverse gives: it is not refused
 
 
 _current: ContextVar[Pass | None] = ContextVar("current_pass", default=None)
 
 
 @contextmanager
-def pass_of(dtype: torch.dtype, no_numbers: list[Tensor] | None = None) -> Iterator[None]:
+def pass_of(dtype: torch.dtype, no_numbers: list[Tensor] | None = None, observed: bool = False) -> Iterator[None]:
     """The block is a pass of a chain that was given `dtype`; integer states gather their flags in `no_numbers`."""
-    token = _current.set(Pass(dtype, no_numbers))
+    token = _current.set(Pass(dtype, no_numbers, observed))
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import operator
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,9 +38,7 @@ SAMPLED_VALUES = 32  # of an input and an output: they tell whether two runs wer
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 NOISE_GAIN = 100.0  # an input that was rebuilt with noise may differ; its noise, so many times larger, is no fault
 # two rows of signs, fixed: their sums differ wherever the values do
-_SIGNS = torch.tensor(
-    [[1.0 if index * step % 7 < 4 else -1.0 for index in range(SAMPLED_VALUES)] for step in (1, 3)], dtype=torch.float64
-)
+_SIGNS = [[1.0 if index * step % 7 < 4 else -1.0 for index in range(SAMPLED_VALUES)] for step in (1, 3)]
 SMALL_BUFFER = 2**14  # values
 SIMPLE = (int, float, bool, str, type(None))
 ABSENT = object()  # in the place of an attribute or a buffer that a module did not have
@@ -95,8 +94,8 @@ def effective(module: nn.Module, name: str) -> Tensor:
 class AsItWas:
     """A module's parameters, buffers and modes, and side inputs, at the time of a forward pass.
 
-    The backward pass needs them as they were. Other objects in the place of parameters, as of torch.func.functional_call
-    or of a pass inside of another one, are put back for the time of the backward pass; changed values are refused.
+    The backward pass needs them as they were. Other objects in the place of parameters, as torch.func.functional_call
+    puts them there, or a pass around this one, are put back for the backward pass; changed values are refused.
     """
 
     def __init__(self, module: nn.Module, context: Sequence[Tensor] = ()):
@@ -141,7 +140,9 @@ class AsItWas:
     def restored(self) -> Iterator[None]:
         """The block finds the tensors of the forward pass in their places."""
         with _SWAPPING:
-            others = [place for place in (*self.places, *self.buffers) if place.held.get(place.name) is not place.tensor]
+            others = [
+                place for place in (*self.places, *self.buffers) if place.held.get(place.name) is not place.tensor
+            ]
             if others:
                 now = [place.held.get(place.name, ABSENT) for place in others]
                 for place in others:
@@ -294,7 +295,7 @@ class FirstRun:
         self.generators: Generators | None = Generators(list(devices.values()), held_generators(self.modules))
         self.pieces: list[slice] = []
         self.outputs: list[tuple[torch.Size, torch.dtype]] = []
-        self.samples: list[tuple[Tensor, Tensor] | None] = []
+        self.samples: list[tuple[Sample, Sample] | None] = []
         # those that may have changed, as they were before
         self.buffers: list[tuple[nn.Module, str, Any]] = []
         self.changed_attributes: list[tuple[nn.Module, str, Any]] = []
@@ -402,7 +403,9 @@ class FirstRun:
         for each, name, tensor, _, before in self._buffers:
             tensor.copy_(before)
             each._buffers[name] = tensor
-        self._buffers = [(each, name, tensor, _version(tensor), before) for each, name, tensor, _, before in self._buffers]
+        self._buffers = [
+            (each, name, tensor, _version(tensor), before) for each, name, tensor, _, before in self._buffers
+        ]
         for each, name, value in list(self._changed_attributes()):
             _put(vars(each), name, value)
         if self.generators is not None:
@@ -539,7 +542,7 @@ class SecondRun:
                 for held, name, value in reversed(swapped):
                     _put(held, name, value)
 
-    def _compare(self, given: Tensor | None, y: Tensor) -> None:
+    def _compare(self, given: Sample | None, y: Tensor) -> None:
         first = self.first
         shape, dtype = first.outputs[self.piece]
         if (y.shape, y.dtype) != (shape, dtype):
@@ -589,27 +592,36 @@ def tolerance(dtype: torch.dtype, noise: float) -> float:
     return TOLERANCES.get(dtype, 0.1) + NOISE_GAIN * noise
 
 
-def sample(x: Tensor) -> Tensor | None:
-    """What tells x from other tensors: two sums of a few of its values, with signs, and their size, (3,) float64.
+class Sample(NamedTuple):
+    """What tells a tensor from others: two sums of a few of its values, with signs, and their size."""
 
-    The values are evenly spread over the memory of x. None under fake tensors, where there are no
-    values, and on a GPU, for which it would have to wait.
+    one: float
+    other: float
+    size: float
+
+
+def sample(x: Tensor) -> Sample | None:
+    """Of values that are evenly spread over the memory of x.
+
+    None where there are no values (fake tensors, meta), and on a GPU, for which it would have to wait.
     """
-    if isinstance(x, FakeTensor) or x.device.type != "cpu" or x.numel() == 0 or not x.is_floating_point():
+    if isinstance(x, FakeTensor) or x.device.type != "cpu" or not x.numel() or not x.is_floating_point():
         return None
     count = min(SAMPLED_VALUES, x.numel())
     x = x.detach()
     x = x if is_dense(x) else x.contiguous()
-    values = x.as_strided((count,), (x.numel() // count,), x.storage_offset()).double()
-    return torch.cat([_SIGNS[:, :count] @ values, values.square().sum(0, keepdim=True).sqrt_()])
+    # In plain numbers: further tensors would be seen by whoever counts the live ones.
+    values = x.as_strided((count,), (x.numel() // count,), x.storage_offset()).tolist()
+    return Sample(
+        sum(map(operator.mul, _SIGNS[0], values)),
+        sum(map(operator.mul, _SIGNS[1], values)),
+        math.sqrt(sum(map(operator.mul, values, values))),
+    )
 
 
-def difference(a: Tensor, b: Tensor | None) -> float:
+def difference(a: Sample, b: Sample | None) -> float:
     """By how much two samples differ, relative to the first; 0 where one is not finite: nothing can be compared."""
-    if b is None:
+    if b is None or not (math.isfinite(a.size) and math.isfinite(b.size)):
         return 0.0
-    (one, other, size), (one_again, other_again, size_again) = a.tolist(), b.tolist()
-    if not (math.isfinite(size) and math.isfinite(size_again)):
-        return 0.0
-    largest = max(abs(one - one_again), abs(other - other_again))
-    return largest / size if size else float(largest > 0)
+    largest = max(abs(a.one - b.one), abs(a.other - b.other))
+    return largest / a.size if a.size else float(largest > 0)

@@ -181,7 +181,13 @@ class _Normalise(torch.autograd.Function):
         (x, weight), (mean, variance, of_batch) = ctx.saved_tensors, ctx.statistics
         inverse_deviation, is_shared = (variance + ctx.eps).rsqrt(), of_batch and ctx.group is not None
         if not x.numel() and not is_shared:  # torch divides by the number of values
-            return torch.empty_like(x), torch.zeros_like(weight) * inverse_deviation, torch.zeros_like(weight), None, None
+            return (
+                torch.empty_like(x),
+                torch.zeros_like(weight) * inverse_deviation,
+                torch.zeros_like(weight),
+                None,
+                None,
+            )
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
             du, x, weight, mean, variance, mean, inverse_deviation, of_batch and not is_shared, ctx.eps, [True] * 3
         )

@@ -59,9 +59,7 @@ class PreNormPass(ResidualPass):
     def add_(self, source: Tensor, target: Tensor) -> tuple[Statistics, FirstRun]:
         norm, first = self._norm(source), FirstRun(self.function.body, source.device, f"{self.name}.body")
         for sl, residual in first.in_pieces(norm.pieces, lambda sl: self._normalised(norm, sl), *self.body_context):
-            self.residual_sum.add_(
-                target[sl], self.fits(residual, target[sl]), 1, self.piece_bytes, self.overflows
-            )
+            self.residual_sum.add_(target[sl], self.fits(residual, target[sl]), 1, self.piece_bytes, self.overflows)
             del residual
         return norm.statistics, first.end()
 

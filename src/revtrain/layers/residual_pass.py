@@ -227,9 +227,7 @@ class RecomputedPass(ResidualPass):
     def add_(self, source: Tensor, target: Tensor) -> FirstRun:
         first = FirstRun(self.function, source.device, self.name)
         for sl, residual in first.in_pieces(self._pieces(source), lambda sl: self.read(source[sl]), *self.context):
-            self.residual_sum.add_(
-                target[sl], self.fits(residual, target[sl]), 1, self.piece_bytes, self.overflows
-            )
+            self.residual_sum.add_(target[sl], self.fits(residual, target[sl]), 1, self.piece_bytes, self.overflows)
             del residual
         return first.end()
 

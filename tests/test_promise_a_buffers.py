@@ -4,6 +4,8 @@ Autograd may hand back the very tensor that it was handed: the gradient of p in 
 writing into dy then changes the gradient of p.
 """
 
+import functools
+
 import pytest
 import torch
 from cases import LAYERS, ids
@@ -229,11 +231,11 @@ def test_a_function_of_the_users_whose_backward_returns_what_it_was_given(holder
 
 def test_hooks_of_parameters_may_keep_the_gradient():
     def step(model, x):
-        kept = []
-        for parameter in model.parameters():
-            parameter.register_hook(kept.append)
+        kept = {}  # hooks of different parameters fire in any order
+        for name, parameter in model.named_parameters():
+            parameter.register_hook(functools.partial(kept.__setitem__, name))
         loss_of(model(x)).backward()
-        return kept
+        return [kept[name] for name, _ in model.named_parameters()]
 
     assert_promise(lambda: ANY.chain(lambda c: LearnedMap(c, maps=2)), images(1), step=step)
 

@@ -344,7 +344,7 @@ def test_built_on_the_meta_device_and_filled_later():
                 tensor.copy_(torch.rand(tensor.shape) + 0.5) if tensor.is_floating_point() else tensor.zero_()
         return chain
 
-    assert_promise(make, images())
+    assert_promise(make, images(), tolerance=1e-7)  # weights of one sign: gradients are large
 
 
 # ---- lazy modules --------------------------------------------------------------------------------

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from revtrain.core.gradients import Gradients
-from revtrain.core.layer import InvertibleLayer, context_for
+from revtrain.core.layer import InvertibleLayer, context_for, takes_context
 from revtrain.core.names import former_names
-from revtrain.core.recompute import parameters_of
+from revtrain.core.precision import NARROW, autocast_as_now, autocast_dtype, pass_of
+from revtrain.core.recompute import AsItWas, watching_for_gradients
 from revtrain.core.state_format import PLAIN, StateFormat
 from revtrain.errors import RevtrainError
 
@@ -115,20 +118,82 @@ class InvertibleChain(InvertibleLayer):
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
         """The chain's result, with side inputs `context` for those layers and functions that take some."""
-        if self.backward_mode == "store":
-            x = self.state_format.snap(x)
-            for layer in self.layers:
-                x = layer(x, *context_for(layer, context))
-            return x if self.head is None else self.head(x)
+        self._check_input(x, context)
+        if self.backward_mode == "store" or not x.numel():  # of an empty batch nothing is stored
+            with pass_of(x.dtype):
+                y = self.state_format.snap(x)
+                for layer in self.layers:
+                    y = layer(y, *context_for(layer, context))
+                y = y if self.head is None else self.head(y)
+            return y.to(x.dtype) if x.dtype in NARROW else y
         return _without_compiler()(self, x, *context)
 
+    def hands_context_to(self) -> Iterable[nn.Module]:
+        """The modules that may take side inputs."""
+        return self.layers
+
     def _invert(self, x: Tensor, *context: Tensor) -> Tensor:
-        tensors = [*context, *parameters_of(self)]
+        if x.is_complex():
+            raise RevtrainError(
+                f"InvertibleChain: an input of {x.dtype} was given, of complex numbers.\n"
+                'Expected real floating point: stack real and imaginary part, or use backward="store".'
+            )
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+            raise RevtrainError(
+                "InvertibleChain: an input with a tangent of forward-mode differentiation was given.\n"
+                'Only backward="store" passes tangents on.'
+            )
+        self._fill_lazy_modules(x, *context)
+        now = AsItWas(self, context)
+        tensors = [*context, *now.parameters]
         if torch.is_grad_enabled() and (x.requires_grad or any(each.requires_grad for each in tensors)):
-            return _ChainFunction.apply(x, self, len(context), *tensors)
-        with torch.no_grad():
-            state, _ = self.forward_(self.encode(x), *context)
-            return self.finish(state)[0]
+            return _ChainFunction.apply(x, self, now, *tensors)
+        with watching_for_gradients(torch.is_grad_enabled()), torch.no_grad():
+            return self._pass_forward(x, context)[0]
+
+    def _pass_forward(self, x: Tensor, context: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Any, Any]:
+        """(result, last state, saved by the layers, saved by the head)."""
+        no_numbers: list[Tensor] = []
+        with pass_of(x.dtype, no_numbers):
+            state, saved = self.forward_(self.encode(x), *context)
+            result, saved_by_head = self.finish(state)
+            if x.dtype in NARROW:
+                result = result.to(x.dtype)
+            if no_numbers:  # integer states have no value for what is none
+                result = result.masked_fill_(torch.stack(no_numbers).any(), torch.nan)
+        return result, state, saved, saved_by_head
+
+    def _check_input(self, x: Tensor, context: tuple[Tensor, ...]) -> None:
+        if not (x.is_floating_point() or x.is_complex()):
+            raise RevtrainError(
+                f"InvertibleChain: an input of {x.dtype} was given.\n"
+                "Expected floating point: x.float(), images divided by 255, say."
+            )
+        if context and not takes_context(self):
+            raise RevtrainError(
+                f"InvertibleChain: {len(context)} side input(s), the context, were given, but none of its layers and "
+                "functions takes any.\n"
+                "Expected a forward(x, context) of the layer or of F or G that is to have them."
+            )
+
+    @torch.no_grad()
+    def _fill_lazy_modules(self, x: Tensor, *context: Tensor) -> None:
+        """Let lazy modules find the sizes of their parameters, which the pass itself has to know."""
+        lazy = [m for m in self.modules() if isinstance(m, LazyModuleMixin) and m.has_uninitialized_params()]  # type: ignore[misc]
+        if not lazy:
+            return
+        training = [m for m in self.modules() if m.training]
+        for module in training:  # evaluation draws no random numbers and updates no statistics
+            module.training = False
+        try:
+            y = self.state_format.snap(x.detach().clone())
+            for layer in self.layers:
+                y = layer(y, *context_for(layer, context))
+            if self.head is not None:
+                self.head(y)
+        finally:
+            for module in training:
+                module.training = True
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -208,23 +273,14 @@ def _without_compiler() -> Callable[..., Tensor]:
 
 class _ChainFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, chain: InvertibleChain, side_inputs: int, *tensors: Tensor) -> Tensor:
-        ctx.chain, ctx.tensors, ctx.side_inputs, ctx.input_dtype = chain, tensors, side_inputs, x.dtype
-        # Recomputation must round as the forward pass did, so it runs under the same autocast state. Its cache
-        # stays off: a weight cast without a graph (here) must not be found where a graph is wanted (there).
-        device = x.device.type
-        ctx.autocast = partial(
-            torch.autocast,
-            device,
-            dtype=torch.get_autocast_dtype(device),
-            enabled=torch.is_autocast_enabled(device),
-            cache_enabled=False,
-        )
+    def forward(ctx, x: Tensor, chain: InvertibleChain, now: AsItWas, *tensors: Tensor) -> Tensor:
+        ctx.chain, ctx.as_it_was, ctx.tensors, ctx.input_dtype = chain, now, tensors, x.dtype
+        # Recomputation must round as the forward pass did, so it runs under the same autocast state.
+        ctx.autocast = autocast_as_now(x.device.type)
         with ctx.autocast():
-            state, ctx.saved = chain.forward_(chain.encode(x), *tensors[:side_inputs])
-            result, ctx.saved_by_head = chain.finish(state)
+            result, state, ctx.saved, ctx.saved_by_head = chain._pass_forward(x, tuple(now.context))
         # As the state; that of an integer one is in 16 bit under autocast.
-        ctx.gradient_dtype = state.dtype if state.is_floating_point() else _compute_dtype(x)
+        ctx.gradient_dtype = state.dtype if state.is_floating_point() else autocast_dtype(x.device.type) or x.dtype
         ctx.owns_state = chain.reuse_output or result is not state
         ctx.save_for_backward(state)
         return result
@@ -233,9 +289,10 @@ class _ChainFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor):
         (saved_state,) = ctx.saved_tensors
-        chain, grads, context = ctx.chain, Gradients(ctx.tensors), ctx.tensors[: ctx.side_inputs]
+        chain, grads, context = ctx.chain, Gradients(ctx.tensors), tuple(ctx.as_it_was.context)
+        ctx.as_it_was.check()
         state = saved_state.detach() if ctx.owns_state else saved_state.detach().clone()
-        with ctx.autocast():
+        with ctx.as_it_was.restored(), ctx.autocast(), pass_of(ctx.input_dtype, observed=chain.observer is not None):
             if chain.head is None:
                 # dy may be shared with other branches of the caller's graph, or be expanded: a copy to work in.
                 dstate = dy.to(ctx.gradient_dtype, copy=True, memory_format=torch.contiguous_format)
@@ -251,11 +308,6 @@ class _ChainFunction(torch.autograd.Function):
             narrow = x.view(-1).view(ctx.input_dtype)[: dx.numel()].view(dx.shape) if fits else None
             dx = dx.to(ctx.input_dtype) if narrow is None else narrow.copy_(dx)
         return dx, None, None, *grads.values()
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 @contextmanager

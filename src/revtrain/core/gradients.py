@@ -37,7 +37,8 @@ class Gradients:
         if gathered is not None:
             gathered.add_(gradient)
             return
-        own = gradient.to(tensor.dtype)
+        # many small terms: a sum in 16 bit would lose them
+        own = gradient.to(torch.promote_types(tensor.dtype, torch.float32))
         others = (each for each in (lent, *self._values.values()) if each is not None)
         if not is_dense(own) or any(shares_memory(own, each) for each in others):
             own = own.clone(memory_format=torch.contiguous_format)
@@ -45,4 +46,4 @@ class Gradients:
 
     def values(self) -> list[Tensor | None]:
         """One gradient for each of the tensors, in the order given; None where nothing arrived."""
-        return [self._values.get(id(each)) for each in self.tensors]
+        return [None if g is None else g.to(t.dtype) for t, g in ((t, self._values.get(id(t))) for t in self.tensors)]

@@ -13,6 +13,7 @@ everywhere in torch, and runs without autograd.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,19 @@ from torch import Tensor, nn
 
 from revtrain.core.gradients import Gradients
 from revtrain.core.pieces import MIB
-from revtrain.core.recompute import FirstRun, SecondRun, is_dense, parameters_of, shares_memory
+from revtrain.core.precision import current_pass, read_dtype
+from revtrain.core.recompute import (
+    FirstRun,
+    Sample,
+    SecondRun,
+    difference,
+    is_dense,
+    parameters_of,
+    sample,
+    shares_memory,
+    tolerance,
+    users_of_memory,
+)
 from revtrain.errors import RevtrainError
 
 
@@ -67,18 +80,19 @@ class InvertibleLayer(nn.Module):
     def forward_(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Any]:
         """(y, saved); updates running statistics as `forward` does."""
         first = FirstRun(self, x.device)
-        y = first(x, *context)
+        y = first(x.to(read_dtype(x)), *context)
         first.end()
         # The chain will write into y: it must not be a parameter, a side input or an expanded view.
+        own = y.detach().to(torch.promote_types(y.dtype, x.dtype))
         others = (*parameters_of(self), *self.buffers(), *context)
-        if not is_dense(y) or any(shares_memory(y, each) for each in others):
-            y = y.clone(memory_format=torch.contiguous_format)
-        return y.detach(), first
+        if not is_dense(own) or any(shares_memory(own, each) for each in others):
+            own = own.clone(memory_format=torch.contiguous_format)
+        return own, first
 
     def recompute_(self, x: Tensor, saved: Any, *context: Tensor) -> Tensor:
         """y of x a second time, with the `saved` of the first; updates nothing."""
         with SecondRun(self._first_run(x, saved)) as again:
-            return again.within(self.forward, x, *context)
+            return again.within(self.forward, x.to(read_dtype(x)), *context).to(x.dtype)
 
     def recompute_for_backward_(self, x: Tensor, saved: Any, *context: Tensor) -> tuple[Tensor, Any]:
         """(y, saved) a second time, right before `backward_`: more may be kept, since it lives for a moment only."""
@@ -96,20 +110,38 @@ class InvertibleLayer(nn.Module):
 
         Shapes of x and dx are equal; the chain may write into both.
         """
+        given = sample(y)
         x = self.inverse_(y, saved, *context)
         if shares_memory(x, dy) or not is_dense(x):
             x = x.clone(memory_format=torch.contiguous_format)
         first = self._first_run(x, saved)
+        self._compare(first, given, x)
         wanted = grads.wanted(parameters_of(self))
-        leaf = x.detach().requires_grad_()
+        leaf = x.detach().to(read_dtype(x)).requires_grad_()
         sides = [each.detach().requires_grad_(each.requires_grad) for each in context]
         with torch.enable_grad(), SecondRun(first, wanted) as again:
             recomputed = again(leaf, *sides) if first.outputs else again.within(self.forward, leaf, *sides)
-        dx = differentiate_(recomputed, leaf, sides, again.leaves, dy, (*context, *wanted), grads)
+        dx = differentiate_(recomputed, leaf, sides, again.leaves, dy, (*context, *wanted), grads, writes_on=False)
         if dx is None:
             return x, torch.zeros_like(x)
-        own = is_dense(dx) and not shares_memory(dx, x)
+        dx = dx.to(dy.dtype)
+        own = is_dense(dx) and not shares_memory(dx, x) and not shares_memory(dx, dy)
         return x, dx if own else dx.clone(memory_format=torch.contiguous_format)
+
+    def _compare(self, first: FirstRun, y: Sample | None, x: Tensor) -> None:
+        """Raise `RevtrainError` where the inverse of y (a sample of it) is far from what `forward` was given."""
+        current = current_pass()
+        if not first.samples or first.samples[0] is None or (current is not None and current.observed):
+            return
+        x_before, y_before = first.samples[0]
+        if difference(x_before, sample(x)) > tolerance(x.dtype, difference(y_before, y)):
+            raise RevtrainError(
+                f"The inverse of {first.name} computed something else than what its forward was given, when its input "
+                "was recomputed.\n"
+                "Either it is not the inverse (revtrain.verify measures that), or the layer depends on what a chain "
+                "cannot see and restore: a random generator outside of its modules, a file, a clock.\n"
+                "Make that a buffer or a number of the layer, or hand it over as a side input: chain(x, tensor)."
+            )
 
     def _first_run(self, x: Tensor, saved: Any) -> FirstRun:
         """What `forward_` of this class has kept; of a subclass that has its own `forward_`, the present state."""
@@ -124,13 +156,16 @@ def differentiate_(
     dy: Tensor,
     owners: Sequence[Tensor],
     grads: Gradients,
+    writes_on: bool = True,
 ) -> Tensor | None:
     """The gradient of `leaf`; those of `sides` and `leaves` go to `grads` for their `owners`, in this order.
 
-    None where y does not depend on `leaf`. The result may share memory with dy.
+    None where y does not depend on `leaf`. The result may share memory with dy. `writes_on`: the caller goes on writing
+    into dy.
 
     Raises:
-        RevtrainError: autograd refuses, as for a reentrant checkpoint.
+        RevtrainError: autograd refuses, as for a reentrant checkpoint; or a hook has kept a view of dy, which the
+            caller will write into.
     """
     if not y.requires_grad:  # a constant
         return None
@@ -142,9 +177,12 @@ def differentiate_(
     end = torch.autograd.graph.get_gradient_edge(y)
     dtype = y.dtype
     del y
+    dy = dy.to(dtype)
+    handed = dy.view_as(dy)  # a tensor of its own in the chain's memory
+    users = users_of_memory(dy)
     dleaf: Tensor | None
     try:
-        dleaf, *gradients = torch.autograd.grad(end, [leaf, *wanted, *leaves], dy.to(dtype), allow_unused=True)
+        dleaf, *gradients = torch.autograd.grad(end, [leaf, *wanted, *leaves], handed, allow_unused=True)
     except RuntimeError as error:
         if "use_reentrant" not in str(error):
             raise
@@ -152,13 +190,33 @@ def differentiate_(
             "A function inside of a chain uses torch.utils.checkpoint with use_reentrant=True.\n"
             "Its gradients cannot be taken inside of another backward pass: use use_reentrant=False."
         ) from error
+    del end
     while gradients:  # one at a time, so that each is gone before the next piece
         grads.add(owners[len(gradients) - 1], gradients.pop(), lent=dy)
+    is_handed = dleaf is handed
+    if not writes_on:
+        return dleaf
+    if sys.getrefcount(handed) > REFERENCES + is_handed:  # a hook has kept it: it gets a copy, the chain goes on
+        handed.data = handed.clone()
+    elif users_of_memory(dy) > users + (dleaf is not None and not is_handed and shares_memory(dleaf, dy)):
+        raise RevtrainError(
+            "A hook inside of a function of a chain keeps a view of the gradient that it is given.\n"
+            "The chain goes on working in that memory: keep a copy of it, gradient.clone()."
+        )
     return dleaf
 
 
+REFERENCES = 2  # to a local variable: the variable, and sys.getrefcount's argument
+
+
 def takes_context(module: nn.Module) -> bool:
-    """Whether side inputs are for this module: its forward has more than one argument."""
+    """Whether side inputs are for this module: its forward has more than one argument.
+
+    A module that only hands them on says to which others in `hands_context_to()`, and takes some if one of those does.
+    """
+    hands_to = getattr(module, "hands_context_to", None)
+    if hands_to is not None:
+        return any(map(takes_context, hands_to()))
     kinds = inspect.signature(module.forward).parameters.values()
     return len([each for each in kinds if each.kind is not each.KEYWORD_ONLY]) > 1 or any(
         each.kind is each.VAR_POSITIONAL for each in kinds

@@ -41,6 +41,9 @@ def rounds(pieces: Iterable[Round]) -> Iterator[Round]:
 
 def batch_pieces(x: Tensor, piece_bytes: int) -> Iterator[slice]:
     """Slices over the batch of `x` (B, ...), each of at most `piece_bytes` bytes but one sample at least."""
+    if not len(x):  # a batch of no samples is one piece: what is made of it has its shape and type
+        yield slice(0, 0)
+        return
     sample_bytes = max(1, x[0].numel() * x.element_size())
     step = max(1, piece_bytes // sample_bytes)
     for start in rounds(range(0, x.shape[0], step)):

@@ -16,39 +16,42 @@ from __future__ import annotations
 
 import ctypes
 import math
+import operator
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.utils.prune import BasePruningMethod
 
 from revtrain.errors import RevtrainError
 
 SAMPLED_VALUES = 32  # of an input and an output: they tell whether two runs were one function
 # Of the root mean square of the values, by how much a second run from the same input may differ. Other kernels and
 # orders of summation round differently; another mask of a dropout differs by about one.
-TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 NOISE_GAIN = 100.0  # an input that was rebuilt with noise may differ; its noise, so many times larger, is no fault
 # two rows of signs, fixed: their sums differ wherever the values do
-_SIGNS = torch.tensor(
-    [[1.0 if index * step % 7 < 4 else -1.0 for index in range(SAMPLED_VALUES)] for step in (1, 3)], dtype=torch.float64
-)
+_SIGNS = [[1.0 if index * step % 7 < 4 else -1.0 for index in range(SAMPLED_VALUES)] for step in (1, 3)]
 SMALL_BUFFER = 2**14  # values
 SIMPLE = (int, float, bool, str, type(None))
+ABSENT = object()  # in the place of an attribute or a buffer that a module did not have
 
 # What stands in for parameters and buffers is visible to every thread: one puts it in at a time.
 _SWAPPING = threading.RLock()
 
 
 class Place(NamedTuple):
-    """Where a parameter stands; it may stand in several places."""
+    """Where a parameter or a buffer stands; a parameter may stand in several places."""
 
     module: nn.Module
+    held: dict[str, Any]  # of the module, or of a replica's attributes
     name: str
     tensor: Tensor
 
@@ -60,9 +63,10 @@ def parameter_places(module: nn.Module) -> list[Place]:
     """All places of parameters inside `module`, also of a replica of `DataParallel`'s or in a functional call."""
     places = []
     for each in module.modules():
-        # torch.nn.parallel.replicate leaves `_parameters` empty and keeps them under this name
-        held = getattr(each, "_former_parameters", None) or each._parameters
-        places += [Place(each, name, tensor) for name, tensor in held.items() if tensor is not None]
+        # torch.nn.parallel.replicate leaves `_parameters` empty, and keeps them under this name and as attributes
+        former = getattr(each, "_former_parameters", None)
+        held = vars(each) if former else each._parameters
+        places += [Place(each, held, name, t) for name, t in (former or held).items() if t is not None]
     return places
 
 
@@ -72,9 +76,101 @@ def parameters_of(module: nn.Module) -> list[Tensor]:
         return list({id(place.tensor): place.tensor for place in parameter_places(module)}.values())
 
 
+def is_rewritten(module: nn.Module, *names: str) -> bool:
+    """Whether a parameter of `module` is a function of others: pruned, or parametrised."""
+    held = getattr(module, "_former_parameters", None) or module._parameters
+    return not held.keys() >= set(names)
+
+
+def effective(module: nn.Module, name: str) -> Tensor:
+    """The value of `module`'s parameter; where it is pruned, as the hook of its next call would set it."""
+    if name not in module._parameters:
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, BasePruningMethod) and hook._tensor_name == name:
+                return hook.apply_mask(module)
+    return getattr(module, name)
+
+
+class AsItWas:
+    """A module's parameters, buffers and modes, and side inputs, at the time of a forward pass.
+
+    The backward pass needs them as they were. Other objects in the place of parameters, as torch.func.functional_call
+    puts them there, or a pass around this one, are put back for the backward pass; changed values are refused.
+    """
+
+    def __init__(self, module: nn.Module, context: Sequence[Tensor] = ()):
+        self.module, self.context = module, context
+        with _SWAPPING:
+            self.places = parameter_places(module)
+            self.buffers = [
+                Place(each, each._buffers, name, tensor)
+                for each in module.modules()
+                for name, tensor in each._buffers.items()
+                if tensor is not None
+            ]
+        self.parameters = list({id(place.tensor): place.tensor for place in self.places}.values())
+        self._versions = [_version(each) for each in (*self.parameters, *context)]
+        self._modes = [each.training for each in module.modules()]
+
+    def check(self) -> None:
+        """Raise `RevtrainError` where weights were stepped, or modes switched, since: names what has changed."""
+        for index, (tensor, version) in enumerate(zip((*self.parameters, *self.context), self._versions, strict=True)):
+            if _version(tensor) != version:
+                side = index - len(self.parameters)
+                what = f"side input {side}" if side >= 0 else f"its parameter {self._path(tensor)}"
+                raise RevtrainError(
+                    f"{type(self.module).__name__}: {what} was changed between the forward and the backward pass.\n"
+                    "The backward pass recomputes the functions that use it and would compute other gradients: step "
+                    "the optimizer, or write to it, after backward()."
+                )
+        for (path, each), training in zip(self.module.named_modules(), self._modes, strict=True):
+            if each.training != training:
+                raise RevtrainError(
+                    f"{type(self.module).__name__}: {path or 'it'}, a {type(each).__name__}, was switched to "
+                    f"{'train' if each.training else 'eval'}() between the forward and the backward pass.\n"
+                    "The backward pass recomputes it and would compute other gradients: switch after backward()."
+                )
+
+    def _path(self, tensor: Tensor) -> str:
+        place = next(place for place in self.places if place.tensor is tensor)
+        path = next(path for path, each in self.module.named_modules() if each is place.module)
+        return f"{path}.{place.name}" if path else place.name
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """The block finds the tensors of the forward pass in their places."""
+        with _SWAPPING:
+            others = [
+                place for place in (*self.places, *self.buffers) if place.held.get(place.name) is not place.tensor
+            ]
+            if others:
+                now = [place.held.get(place.name, ABSENT) for place in others]
+                for place in others:
+                    place.held[place.name] = place.tensor
+                try:
+                    yield
+                finally:
+                    for place, value in zip(others, now, strict=True):
+                        _put(place.held, place.name, value)
+                return
+        yield
+
+
+def _put(held: dict[str, Any], name: str, value: Any) -> None:
+    if value is ABSENT:
+        held.pop(name, None)
+    else:
+        held[name] = value
+
+
 def shares_memory(a: Tensor, b: Tensor) -> bool:
     """Whether the two lie in one storage."""
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+def users_of_memory(x: Tensor) -> int:
+    """How many tensors, and others, hold the storage of x."""
+    return torch._C._storage_Use_Count(x.untyped_storage()._cdata)
 
 
 def is_dense(x: Tensor) -> bool:
@@ -184,51 +280,66 @@ class FirstRun:
         self.function, self.name = function, name or type(function).__name__
         self.writes_its_input = False
         self.modules = list(function.modules())
-        self.modes = [each.training for each in self.modules]
+        self.needs_slow_path = any(isinstance(each, _WITH_FAST_PATH) for each in self.modules)
         with _SWAPPING:
-            self.places = parameter_places(function)
             self._buffers = [
                 (each, name, tensor, _version(tensor), tensor.clone())
                 for each in self.modules
                 for name, tensor in each._buffers.items()
                 if tensor is not None
             ]
-        self._versions = {id(place.tensor): _version(place.tensor) for place in self.places}
-        self._attributes = [_simple_attributes(each) for each in self.modules]
-        devices = {str(each): each for each in (device, *(place.tensor.device for place in self.places))}
+            devices = {str(device): device}
+            for each in self.modules:
+                devices |= {str(p.device): p.device for p in each._parameters.values() if p is not None and p.is_cuda}
+        self._attributes = [dict(vars(each)) for each in self.modules]
         self.generators: Generators | None = Generators(list(devices.values()), held_generators(self.modules))
+        self.pieces: list[slice] = []
         self.outputs: list[tuple[torch.Size, torch.dtype]] = []
-        self.samples: list[tuple[Tensor, Tensor] | None] = []
-        self.buffers: list[tuple[nn.Module, str, Tensor]] = []  # those that may have changed, as they were before
+        self.samples: list[tuple[Sample, Sample] | None] = []
+        # those that may have changed, as they were before
+        self.buffers: list[tuple[nn.Module, str, Any]] = []
         self.changed_attributes: list[tuple[nn.Module, str, Any]] = []
 
     def __call__(self, x: Tensor, *context: Tensor) -> Tensor:
         """function(x, *context); x is not the caller's, so that the function may write into it."""
         given, version = sample(x), _version(x)
-        y = self.function(x, *context)
+        watching = _watching.get()
+        with torch.enable_grad() if watching else nullcontext(), _slow_path(self.needs_slow_path):
+            y = self.function(x, *context)
         if not isinstance(y, Tensor):
             raise RevtrainError(
                 f"{self.name} returned a {type(y).__name__}.\nExpected a tensor: wrap it in a module that returns one."
             )
+        if watching and y.requires_grad:
+            raise _foreign(self.name, y)
         self.writes_its_input |= _version(x) != version
         self.outputs.append((y.shape, y.dtype))
         taken = None if given is None else sample(y)
         self.samples.append(None if given is None or taken is None else (given, taken))
         return y
 
+    def in_pieces(self, pieces: Iterable[slice], read: Callable[[slice], Tensor], *context: Tensor):
+        """(piece, function(read(piece), *context)) for all `pieces`, one after the other.
+
+        A function that changes a state of its own with each call is run once, on the whole batch.
+        """
+        self.pieces = list(pieces)
+        start = 0
+        if len(self.pieces) > 1:
+            result = [self(read(self.pieces[0]), *context)]
+            if self._keeps_a_state():
+                result.clear()
+                self._undo()
+                self.pieces = [slice(None)]
+            else:
+                start = 1
+                yield self.pieces[0], result.pop()
+        for sl in self.pieces[start:]:
+            yield sl, self(read(sl), *context)
+
     def end(self) -> FirstRun:
         """Let go of all that the runs have left as it was."""
-        for each, name, tensor, version, before in self._buffers:
-            # torch's batch norms write into their statistics without a trace: small buffers are kept in any case
-            if _version(tensor) != version or tensor.numel() <= SMALL_BUFFER:
-                self.buffers.append((each, name, before))
-            elif each._buffers.get(name) is not tensor:
-                self.buffers.append((each, name, tensor))
-        for each, before in zip(self.modules, self._attributes, strict=True):
-            now = vars(each)
-            self.changed_attributes += [
-                (each, name, value) for name, value in before.items() if name in now and now[name] != value
-            ]
+        self.buffers, self.changed_attributes = list(self._changed_buffers()), list(self._changed_attributes())
         self._buffers, self._attributes = [], []
         if self.generators is not None and not self.generators.have_changed():
             self.generators = None
@@ -241,36 +352,112 @@ class FirstRun:
             (each, name, value)
             for each, before in zip(self.modules, self._attributes, strict=True)
             for name, value in before.items()
+            if isinstance(value, SIMPLE) and name != "training"
         ]
         self._buffers, self._attributes = [], []
         return self
 
-    def check(self) -> None:
-        """Refuse a second run that cannot be the first: weights were stepped or modes switched in between.
+    def _changed_buffers(self) -> Iterator[tuple[nn.Module, str, Any]]:
+        for each, name, tensor, version, before in self._buffers:
+            # torch's batch norms write into their statistics without a trace: small buffers are kept in any case
+            if _version(tensor) != version or tensor.numel() <= SMALL_BUFFER:
+                yield each, name, before
+            elif each._buffers.get(name) is not tensor:
+                yield each, name, tensor
+        known = {(id(each), name) for each, name, *_ in self._buffers}
+        for each in self.modules:
+            for name, tensor in each._buffers.items():
+                if tensor is not None and (id(each), name) not in known:
+                    yield each, name, ABSENT
 
-        Raises:
-            RevtrainError: names what has changed.
-        """
-        for module, name, tensor in self.places:
-            if _version(tensor) != self._versions[id(tensor)]:
-                raise RevtrainError(
-                    f"{self.name}: its parameter {name} (of {type(module).__name__}) was changed between the forward "
-                    "and the backward pass.\n"
-                    "The backward pass recomputes this module and would compute other gradients: step the optimizer "
-                    "after backward()."
-                )
-        for each, training in zip(self.modules, self.modes, strict=True):
-            if each.training != training:
-                raise RevtrainError(
-                    f"{self.name}: {type(each).__name__} was switched to {'train' if each.training else 'eval'}() "
-                    "between the forward and the backward pass.\n"
-                    "The backward pass recomputes this module and would compute other gradients: switch after "
-                    "backward()."
-                )
+    def _changed_attributes(self) -> Iterator[tuple[nn.Module, str, Any]]:
+        for each, before in zip(self.modules, self._attributes, strict=True):
+            now = vars(each)
+            for name, value in before.items():
+                if now.get(name, ABSENT) is not value and name != "training":
+                    yield each, name, value
+            if len(now) > len(before):
+                for name in now.keys() - before.keys():
+                    yield each, name, ABSENT
+
+    def _keeps_a_state(self) -> bool:
+        """Whether the first call has changed a buffer or a number of the function's."""
+        written = any(
+            _version(tensor) != version or each._buffers.get(name) is not tensor
+            for each, name, tensor, version, _ in self._buffers
+        )
+        return (
+            written
+            or any(value is ABSENT for _, _, value in self._changed_buffers())
+            or any(
+                isinstance(value, SIMPLE) and isinstance(vars(each).get(name), SIMPLE)
+                for each, name, value in self._changed_attributes()
+            )
+        )
+
+    def _undo(self) -> None:
+        """As if there had been no call yet."""
+        for each, name, value in self._changed_buffers():
+            if value is ABSENT:
+                del each._buffers[name]
+        for each, name, tensor, _, before in self._buffers:
+            tensor.copy_(before)
+            each._buffers[name] = tensor
+        self._buffers = [
+            (each, name, tensor, _version(tensor), before) for each, name, tensor, _, before in self._buffers
+        ]
+        for each, name, value in list(self._changed_attributes()):
+            _put(vars(each), name, value)
+        if self.generators is not None:
+            self.generators.restore()
+        self.outputs.clear()
+        self.samples.clear()
 
 
-def _simple_attributes(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if isinstance(value, SIMPLE) and name != "training"}
+_watching: ContextVar[bool] = ContextVar("watching", default=False)
+
+
+@contextmanager
+def watching_for_gradients(watching: bool) -> Iterator[None]:
+    """The block runs functions of which nothing known asks for a gradient: tensors from outside that do are refused."""
+    token = _watching.set(watching)
+    try:
+        yield
+    finally:
+        _watching.reset(token)
+
+
+# These have a faster way of their own where there is no graph, which rounds in another way.
+_WITH_FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+_slow_paths = [0, True]  # how many wish for the slow path at the moment; what was set before
+
+
+@contextmanager
+def _slow_path(needed: bool) -> Iterator[None]:
+    """Both runs go the way that the one with a graph goes. torch's switch is one for all threads."""
+    if not needed:
+        yield
+        return
+    with _SWAPPING:
+        if not _slow_paths[0]:
+            _slow_paths[1] = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+        _slow_paths[0] += 1
+    try:
+        yield
+    finally:
+        with _SWAPPING:
+            _slow_paths[0] -= 1
+            if not _slow_paths[0]:
+                torch.backends.mha.set_fastpath_enabled(bool(_slow_paths[1]))
+
+
+def _foreign(name: str, leaf: Tensor) -> RevtrainError:
+    return RevtrainError(
+        f"{name} uses a tensor of shape {tuple(leaf.shape)} that asks for a gradient and is none of its parameters.\n"
+        "Recomputed inside of a chain, it would not get one. Hand it over as a side input, chain(x, tensor), or make "
+        "it a parameter of the module; detach() it where none is wanted."
+    )
 
 
 # ---- the second run ------------------------------------------------------------------------------
@@ -293,12 +480,17 @@ class SecondRun:
         self._now: Generators | None = None
 
     def __enter__(self) -> SecondRun:
-        self.first.check()
-        self._buffers = [(each, name, before.clone()) for each, name, before in self.first.buffers]
-        self._attributes = list(self.first.changed_attributes)
-        if self.first.generators is not None:
-            self._now = self.first.generators.now()
-            self.first.generators.restore()
+        first = self.first
+        with _SWAPPING:
+            places = parameter_places(first.function) if self._leaf_of else []
+        self._places = [place for place in places if id(place.tensor) in self._leaf_of]
+        self._buffers = [
+            (each, name, before if before is ABSENT else before.clone()) for each, name, before in first.buffers
+        ]
+        self._attributes = list(first.changed_attributes)
+        if first.generators is not None:
+            self._now = first.generators.now()
+            first.generators.restore()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -316,14 +508,14 @@ class SecondRun:
         own = x.clone() if self.first.writes_its_input else x
         y = self.within(self.first.function, own, *context)
         self._compare(given, y)
-        if y.requires_grad:
+        if y.requires_grad and torch.is_grad_enabled():
             self._refuse_foreign_leaves(y, (x, *context))
         self.piece += 1
         return y
 
     def within(self, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """run(*inputs) with everything as it was at the first run, and leaves in the place of parameters."""
-        with self._stand_ins():
+        with self._stand_ins(), _slow_path(self.first.needs_slow_path):
             return run(*inputs)
 
     @contextmanager
@@ -331,13 +523,12 @@ class SecondRun:
         swapped: list[tuple[dict[str, Any], str, Any]] = []
 
         def put(held: dict[str, Any], name: str, value: Any) -> None:
-            swapped.append((held, name, held.get(name)))
-            held[name] = value
+            swapped.append((held, name, held.get(name, ABSENT)))
+            _put(held, name, value)
 
         with _SWAPPING:
-            for module, name, tensor in self.first.places:
-                held = vars(module) if getattr(module, "_former_parameters", None) else module._parameters
-                put(held, name, self._leaf_of.get(id(tensor), tensor))
+            for place in self._places:
+                put(place.held, place.name, self._leaf_of[id(place.tensor)])
             for each, name, value in self._attributes:
                 put(vars(each), name, value)
             for each, name, buffer in self._buffers:
@@ -346,12 +537,12 @@ class SecondRun:
                 yield
             finally:
                 # the next piece goes on from what this one has left
-                self._attributes = [(each, name, vars(each).get(name)) for each, name, _ in self._attributes]
-                self._buffers = [(each, name, each._buffers[name]) for each, name, _ in self._buffers]
+                self._attributes = [(each, name, vars(each).get(name, ABSENT)) for each, name, _ in self._attributes]
+                self._buffers = [(each, name, each._buffers.get(name, ABSENT)) for each, name, _ in self._buffers]
                 for held, name, value in reversed(swapped):
-                    held[name] = value
+                    _put(held, name, value)
 
-    def _compare(self, given: Tensor | None, y: Tensor) -> None:
+    def _compare(self, given: Sample | None, y: Tensor) -> None:
         first = self.first
         shape, dtype = first.outputs[self.piece]
         if (y.shape, y.dtype) != (shape, dtype):
@@ -361,58 +552,76 @@ class SecondRun:
                 "Expected the same function both times: docs/library.md says what a chain can restore."
             )
         before = first.samples[self.piece]
-        if before is None or given is None:
-            return
-        again = sample(y)
-        tolerance = TOLERANCES.get(y.dtype, 0.1) + NOISE_GAIN * _difference(before[0], given)
-        if again is not None and not _difference(before[1], again) <= tolerance:
-            raise RevtrainError(
-                f"{first.name} computed something else when it was recomputed from the same input.\n"
-                "It depends on what a chain cannot see and restore: a random generator outside of its modules, a file, "
-                "a clock, an object that counts.\n"
-                "Make that a buffer or a number of the module, or hand it over as a side input: chain(x, tensor)."
-            )
+        if before is not None and given is not None:
+            noise = difference(before[0], given)
+            if difference(before[1], sample(y)) > tolerance(y.dtype, noise):
+                raise something_else(first.name)
 
     def _refuse_foreign_leaves(self, y: Tensor, inputs: Sequence[Tensor]) -> None:
         """A gradient that would go nowhere must be impossible to overlook: the graph of y is known."""
         known = {*map(id, self.leaves), *map(id, inputs)}
+        if y.grad_fn is None:
+            if id(y) not in known:
+                raise _foreign(self.first.name, y)
+            return
         stack: list[Any] = [y.grad_fn]
         seen = set(stack)
         while stack:
             node = stack.pop()
             leaf = getattr(node, "variable", None)
             if leaf is not None and id(leaf) not in known:
-                raise RevtrainError(
-                    f"{self.first.name} uses a tensor of shape {tuple(leaf.shape)} that asks for a gradient and is "
-                    "none of its parameters.\n"
-                    "Recomputed inside of a chain, it would not get one. Hand it over as a side input, "
-                    "chain(x, tensor), or make it a parameter of the module; detach() it where none is wanted."
-                )
+                raise _foreign(self.first.name, leaf)
             for following, _ in node.next_functions:
                 if following is not None and following not in seen:
                     seen.add(following)
                     stack.append(following)
 
 
-def sample(x: Tensor) -> Tensor | None:
-    """What tells x from other tensors: two sums of a few of its values, with signs, and their size, (3,) float64.
+def something_else(name: str) -> RevtrainError:
+    """The error of a second run that was not the first one again."""
+    return RevtrainError(
+        f"{name} computed something else when it was recomputed from the same input.\n"
+        "It depends on what a chain cannot see and restore: a random generator outside of its modules, a file, "
+        "a clock, an object that counts.\n"
+        "Make that a buffer or a number of the module, or hand it over as a side input: chain(x, tensor)."
+    )
 
-    The values are evenly spread over the memory of x. None under fake tensors, where there are no
-    values, and on a GPU, for which it would have to wait.
+
+def tolerance(dtype: torch.dtype, noise: float) -> float:
+    """By how much two runs may differ, relative, if their inputs differ by `noise`."""
+    return TOLERANCES.get(dtype, 0.1) + NOISE_GAIN * noise
+
+
+class Sample(NamedTuple):
+    """What tells a tensor from others: two sums of a few of its values, with signs, and their size."""
+
+    one: float
+    other: float
+    size: float
+
+
+def sample(x: Tensor) -> Sample | None:
+    """Of values that are evenly spread over the memory of x.
+
+    None where there are no values (fake tensors, meta), and on a GPU, for which it would have to wait.
     """
-    if isinstance(x, FakeTensor) or x.device.type != "cpu" or x.numel() == 0 or not x.is_floating_point():
+    if isinstance(x, FakeTensor) or x.device.type != "cpu" or not x.numel() or not x.is_floating_point():
         return None
     count = min(SAMPLED_VALUES, x.numel())
     x = x.detach()
     x = x if is_dense(x) else x.contiguous()
-    values = x.as_strided((count,), (x.numel() // count,), x.storage_offset()).double()
-    return torch.cat([_SIGNS[:, :count] @ values, values.square().sum(0, keepdim=True).sqrt_()])
+    # In plain numbers: further tensors would be seen by whoever counts the live ones.
+    values = x.as_strided((count,), (x.numel() // count,), x.storage_offset()).tolist()
+    return Sample(
+        sum(map(operator.mul, _SIGNS[0], values)),
+        sum(map(operator.mul, _SIGNS[1], values)),
+        math.sqrt(sum(map(operator.mul, values, values))),
+    )
 
 
-def _difference(a: Tensor, b: Tensor) -> float:
-    """By how much two samples differ, relative to the first; 0 where that is not finite: nothing can be compared."""
-    one, other, size = a.tolist()
-    if not math.isfinite(size):
+def difference(a: Sample, b: Sample | None) -> float:
+    """By how much two samples differ, relative to the first; 0 where one is not finite: nothing can be compared."""
+    if b is None or not (math.isfinite(a.size) and math.isfinite(b.size)):
         return 0.0
-    difference = max(abs(one - b[0].item()), abs(other - b[1].item()))
-    return difference / size if size else float(difference > 0)
+    largest = max(abs(a.one - b.one), abs(a.other - b.other))
+    return largest / a.size if a.size else float(largest > 0)

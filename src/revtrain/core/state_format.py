@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from revtrain.core.pieces import batch_pieces
+from revtrain.core.precision import NARROW, current_pass
 from revtrain.errors import RevtrainError
 
 # name -> (dtype of the state, None: as the input comes; bits after the point, None: no grid)
@@ -125,6 +126,8 @@ class StateFormat:
         """The values of (a part of) a state in floating point: a dense copy. `dtype` is for integer states."""
         if state.is_floating_point():
             return state.clone(memory_format=memory_format)
+        if dtype in NARROW and state.dtype == torch.int32:  # its whole numbers have no place in 16 bit
+            return self.decode(state, torch.float32, memory_format).to(dtype)
         values = torch.empty(state.shape, dtype=dtype, device=state.device, memory_format=memory_format)
         return values.copy_(state).mul_(self.step)
 
@@ -139,6 +142,9 @@ class StateFormat:
         scaled = (residual * (1 / self.step)).round_()
         wider = _WIDER[state.dtype]
         beyond = ~(scaled.abs() < torch.iinfo(wider).max / 2)  # or not a number: adds nothing, but counts
+        current = current_pass()
+        if current is not None and current.no_numbers is not None:
+            current.no_numbers.append(beyond.any())
         total = scaled.masked_fill_(beyond, 0).to(wider).mul_(sign).add_(state)
         state.copy_(total)
         return beyond.logical_or_(total != state).sum()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from revtrain.core.gradients import Gradients
 from revtrain.core.layer import InvertibleLayer
 from revtrain.core.pieces import batch_pieces
+from revtrain.core.recompute import effective, is_rewritten
 from revtrain.errors import RevtrainError
 from revtrain.layers.channels import channel_dim, check_dim, per_channel
 
@@ -81,7 +82,7 @@ class ActNorm(InvertibleLayer):
         return y.sub_(shift).div_(scale).add_(centre)
 
     def backward_(self, y: Tensor, dy: Tensor, saved: Any, grads: Gradients) -> tuple[Tensor, Tensor]:
-        if not {"log_scale", "shift"} <= self._parameters.keys():  # parametrised: autograd knows what they are made of
+        if is_rewritten(self, "log_scale", "shift"):  # autograd knows what they are made of
             return super().backward_(y, dy, saved, grads)
         centre, scale, shift = self._values(y)
         others = self._other_dims(y)
@@ -99,12 +100,12 @@ class ActNorm(InvertibleLayer):
     def _values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """centre, scale and shift, in float32 at least, as they meet x."""
         dim = channel_dim(x, self.dim, self.channels, self)
-        dtype = torch.promote_types(self.log_scale.dtype, torch.float32)
-        scale = self.log_scale.to(dtype).exp() / self.spread
+        dtype = torch.promote_types(self.centre.dtype, torch.float32)
+        scale = effective(self, "log_scale").to(dtype).exp() / self.spread
         return (
             per_channel(self.centre.to(dtype), x, dim),
             per_channel(scale, x, dim),
-            per_channel(self.shift.to(dtype), x, dim),
+            per_channel(effective(self, "shift").to(dtype), x, dim),
         )
 
     def _other_dims(self, x: Tensor) -> list[int]:

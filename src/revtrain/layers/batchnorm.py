@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from revtrain.core.gradients import Gradients
 from revtrain.core.layer import InvertibleLayer
 from revtrain.core.pieces import batch_pieces
+from revtrain.core.recompute import effective, is_rewritten
 from revtrain.errors import RevtrainError
 from revtrain.layers.collective import all_sum, processes
 
@@ -80,7 +81,7 @@ class InvertibleBatchNorm2d(InvertibleLayer):
 
     def gain(self) -> Tensor:
         """sign * (|gamma| + epsilon_i), shape (C,) (Eq. 23)."""
-        return self.signs * (self.weight.abs() + self.epsilon_i)
+        return self.signs * (effective(self, "weight").abs() + self.epsilon_i)
 
     def forward(self, x: Tensor) -> Tensor:
         # The operations of forward_, in the same order: both backward modes compute the same bits.
@@ -93,7 +94,8 @@ class InvertibleBatchNorm2d(InvertibleLayer):
             mean, variance = _per_channel(self.running_mean), _per_channel(self.running_var)
             centred = x - mean
         deviation = torch.sqrt(variance + self.eps)
-        gain, bias = _per_channel(self.gain().to(mean.dtype)), _per_channel(self.bias.to(mean.dtype))
+        bias = _per_channel(effective(self, "bias").to(mean.dtype))
+        gain = _per_channel(self.gain().to(mean.dtype))
         return centred * (gain / deviation) + bias
 
     def forward_(self, x: Tensor) -> tuple[Tensor, Normalisation]:
@@ -116,6 +118,8 @@ class InvertibleBatchNorm2d(InvertibleLayer):
         return y.sub_(bias).mul_(saved.deviation / gain).add_(saved.mean)
 
     def backward_(self, y: Tensor, dy: Tensor, saved: Normalisation, grads: Gradients) -> tuple[Tensor, Tensor]:
+        if is_rewritten(self, "weight", "bias"):  # autograd knows what they are made of
+            return super().backward_(y, dy, saved, grads)
         gain, bias = self._gain_and_bias(saved)
         xhat = y.sub_(bias).div_(gain)
         dbias, dgain = _sums_for_affine(xhat, dy, self.piece_bytes)
@@ -135,7 +139,8 @@ class InvertibleBatchNorm2d(InvertibleLayer):
 
     def _gain_and_bias(self, saved: Normalisation) -> tuple[Tensor, Tensor]:
         dtype = saved.mean.dtype
-        return _per_channel(self.gain().detach().to(dtype)), _per_channel(self.bias.detach().to(dtype))
+        bias = effective(self, "bias").detach()
+        return _per_channel(self.gain().detach().to(dtype)), _per_channel(bias.to(dtype))
 
     def _count(self, x: Tensor) -> int:
         """Values a channel, in all processes."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from revtrain.core.gradients import Gradients
 from revtrain.core.layer import InvertibleLayer
 from revtrain.core.pieces import batch_pieces
+from revtrain.core.recompute import effective, is_rewritten
 from revtrain.errors import RevtrainError
 from revtrain.layers.channels import channel_dim, check_dim
 
@@ -47,19 +48,19 @@ class InvertibleConv1x1(InvertibleLayer):
         return f"{self.channels}, dim={self.dim}"
 
     def forward(self, x: Tensor) -> Tensor:
-        return _mix(self.weight, x, self._channel_dim(x))
+        return _mix(effective(self, "weight"), x, self._channel_dim(x))
 
     def forward_(self, x: Tensor) -> tuple[Tensor, None]:
         return self.recompute_(x, None), None
 
     def recompute_(self, x: Tensor, saved: None) -> Tensor:
-        return self._mix_(self.weight, x)
+        return self._mix_(effective(self, "weight"), x)
 
     def inverse_(self, y: Tensor, saved: None) -> Tensor:
         return self._mix_(self._inverse_matrix(), y)
 
     def backward_(self, y: Tensor, dy: Tensor, saved: Any, grads: Gradients) -> tuple[Tensor, Tensor]:
-        if "weight" not in self._parameters:  # parametrised: autograd knows what it is made of
+        if is_rewritten(self, "weight"):  # autograd knows what it is made of
             return super().backward_(y, dy, saved, grads)
         dim, inverse = self._channel_dim(y), self._inverse_matrix()
         dweight = torch.zeros_like(self.weight, dtype=_precision(y))
@@ -84,7 +85,8 @@ class InvertibleConv1x1(InvertibleLayer):
 
     def _inverse_matrix(self) -> Tensor:
         """W^-1, in float64 (MPS has none)."""
-        weight = self.weight.to(torch.float32 if self.weight.device.type == "mps" else torch.float64)
+        weight = effective(self, "weight")
+        weight = weight.to(torch.float32 if weight.device.type == "mps" else torch.float64)
         if weight.is_cuda:
             inverse, failed = torch.linalg.inv_ex(weight)
             return torch.where(failed == 0, inverse, torch.nan)

@@ -11,6 +11,7 @@ What F and G are decides how the backward pass runs through them:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from revtrain.core.gradients import Gradients
 from revtrain.core.layer import InvertibleLayer
 from revtrain.core.names import former_names
-from revtrain.core.recompute import shares_memory
+from revtrain.core.precision import read_dtype
+from revtrain.core.recompute import is_rewritten
 from revtrain.core.state_format import PLAIN, StateFormat
 from revtrain.errors import RevtrainError
 from revtrain.layers.bounded import BoundedConv2d
@@ -117,18 +119,14 @@ class AdditiveCoupling(InvertibleLayer):
 
     def _added(self, which: str, target: Tensor, source: Tensor, context: tuple[Tensor, ...]) -> Tensor:
         """target + s F(source), by ordinary autograd, with what the lean form hands to F: a dense copy of its own."""
-        own = source.contiguous(memory_format=self._memory_format(source))
         through = self._pass_through(which, source, context)
-        if shares_memory(own, source) and writes_its_input(through.function, own):
-            own = own.clone()
-        version = None if own.is_inference() else own._version
+        own = source.to(read_dtype(source)).clone(memory_format=self._memory_format(source))
         residual = through.fits(through.function(own, *through.context), target)
-        if shares_memory(own, source) and not own.is_inference() and own._version != version:
-            raise RevtrainError(
-                f"{through.name} changes its input in place, which the coupling needs once more.\n"
-                "Let it begin with an operation that makes a tensor of its own, as x + 1 rather than x.add_(1)."
-            )
         return self.residual_sum.added(target, residual)
+
+    def hands_context_to(self) -> Iterable[nn.Module]:
+        """The modules that may take side inputs."""
+        return [each for each in (self.f, self.g) if each is not None]
 
     def _parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
         # Views of one buffer: the two parts are never copied apart or joined again.
@@ -149,18 +147,11 @@ class AdditiveCoupling(InvertibleLayer):
         function, overflows = getattr(self, which), getattr(self, "overflows", None)
         common = (function, self.residual_sum, self.piece_bytes, overflows, self._memory_format(x))
         name = f"{which} of {type(self).__name__}, a {type(function).__name__}"
-        if isinstance(function, PreNorm):
+        if isinstance(function, PreNorm) and not is_rewritten(function.norm, "weight", "bias"):
             return PreNormPass(*common, name=name, context=context)
         if isinstance(function, InvertibleLayer):
             return LayerwisePass(*common, name=name, context=context)
         return RecomputedPass(*common, name=name, context=context, per_sample=self.per_sample)
-
-
-def writes_its_input(function: nn.Module, x: Tensor) -> bool:
-    """Whether the first thing that `function` does is an operation in place, as far as its modules tell."""
-    while isinstance(function, nn.Sequential) and len(function):
-        function = function[0]
-    return bool(getattr(function, "inplace", False))
 
 
 class CouplingConv2d(AdditiveCoupling):

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from revtrain.core.gradients import Gradients
 from revtrain.core.layer import InvertibleLayer
 from revtrain.core.pieces import batch_pieces
 from revtrain.errors import RevtrainError
+from revtrain.layers.pooling import pixel_shuffle, pixel_unshuffle
 
 
 class HaarPooling(InvertibleLayer):
@@ -29,11 +29,11 @@ class HaarPooling(InvertibleLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         _check_pixels(x)
-        return _sums_and_differences(F.pixel_unshuffle(x, 2))
+        return _sums_and_differences(pixel_unshuffle(x))
 
     def inverse(self, y: Tensor, saved: None = None) -> Tensor:
         _check_channels(y)
-        return F.pixel_shuffle(_sums_and_differences(y), 2)
+        return pixel_shuffle(_sums_and_differences(y))
 
     def forward_(self, x: Tensor) -> tuple[Tensor, None]:
         return self.recompute_(x, None), None

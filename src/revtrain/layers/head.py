@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from revtrain.core.gradients import Gradients
 from revtrain.core.layer import differentiate_
 from revtrain.core.pieces import MIB, batch_pieces, join
+from revtrain.core.precision import read_dtype
 from revtrain.core.recompute import FirstRun, SecondRun, parameters_of
 from revtrain.core.state_format import PLAIN, StateFormat
 from revtrain.layers.norm_pieces import NormOverPieces, normalise
 from revtrain.layers.pooling import merge_sub_images
+from revtrain.layers.residual_pass import floating_dtype
 
 
 class Head(nn.Module):
@@ -83,11 +85,11 @@ class Head(nn.Module):
         return activated.sum((2, 3)) / (u.shape[2] * u.shape[3])
 
     def _logits(self, features: Tensor) -> Tensor:
-        return self.linear(merge_sub_images(features, self.sub_images))
+        return self.linear(merge_sub_images(features.to(read_dtype(features)), self.sub_images))
 
     def _inputs(self, state: Tensor, state_format: StateFormat, saved: Any = None) -> NormOverPieces | _NoNorm:
         def read(part: Tensor) -> Tensor:
-            return part if part.is_floating_point() else state_format.decode(part, self.linear.weight.dtype)
+            return part if part.is_floating_point() else state_format.decode(part, floating_dtype(self.linear))
 
         pieces = self._pieces(state)
         if self.norm is None:

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from revtrain.core.gradients import Gradients
 from revtrain.core.names import former_names
 from revtrain.core.pieces import batch_pieces, join, rounds
+from revtrain.core.precision import autocast_dtype
+from revtrain.core.recompute import is_rewritten
 from revtrain.core.state_format import PLAIN, StateFormat
 from revtrain.errors import RevtrainError
 from revtrain.layers.batchnorm import channel_mean
@@ -114,6 +116,9 @@ class HiddenChunkCoupling(AdditiveCoupling):
 
     def _pass_through(self, which: str, x: Tensor, context: tuple[Tensor, ...] = ()) -> ResidualPass:
         function = getattr(self, which)
+        norm, convolutions = function.norm, (function.conv1, function.conv2)
+        if is_rewritten(norm, "weight", "bias") or any(is_rewritten(conv, "weight") for conv in convolutions):
+            return super()._pass_through(which, x, context)  # these weights exist only where their modules are called
         overflows = getattr(self, "overflows", None)
         return _HiddenChunksPass(
             cast(WideResidual, function), self.residual_sum, self.hidden_chunk, self.piece_bytes, overflows
@@ -255,8 +260,7 @@ def _of(saved: _Statistics, k: slice) -> _Statistics:
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """What a convolution of `x` returns under the present autocast state."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return autocast_dtype(x.device.type) or x.dtype
 
 
 def _conv_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

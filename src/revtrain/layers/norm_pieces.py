@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from revtrain.core.gradients import Gradients
@@ -85,8 +86,8 @@ class NormOverPieces:
     def finish_(self, dx: Tensor, grads: Gradients) -> None:
         """The second part, for all pieces; the gradients of gamma and beta."""
         mean, variance = self.statistics.mean, self.statistics.variance + self.norm.eps
-        if self._sum_du is None or self._sum_du_x is None:
-            raise ValueError("add_gradient_ comes before finish_")
+        if self._sum_du is None or self._sum_du_x is None:  # nothing depends on u
+            return
         if self.statistics.of_batch:  # through the mean and the variance, too
             sum_du, sum_du_x = all_sum(torch.stack([self._sum_du, self._sum_du_x]), self.group)
             slope = self._gain() * sum_du_x / (self.count * variance)
@@ -156,7 +157,8 @@ def normalise(x: Tensor, norm: nn.BatchNorm2d, piece_bytes: int) -> Tensor:
     The two backward modes are then one function to the last bit: one of a different rounding would cross other kinks of
     the activations, which changes gradients by more than rounding does.
     """
-    if torch.compiler.is_exporting():  # a graph for inference has no pieces, nor a number of images
+    # a graph for inference has no pieces, nor a number of images; tangents and torch.func go through torch's own norm
+    if torch.compiler.is_exporting() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return norm(x)
     return _Normalise.apply(x, norm.weight, norm.bias, norm, piece_bytes)
 
@@ -178,6 +180,14 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx, du: Tensor):
         (x, weight), (mean, variance, of_batch) = ctx.saved_tensors, ctx.statistics
         inverse_deviation, is_shared = (variance + ctx.eps).rsqrt(), of_batch and ctx.group is not None
+        if not x.numel() and not is_shared:  # torch divides by the number of values
+            return (
+                torch.empty_like(x),
+                torch.zeros_like(weight) * inverse_deviation,
+                torch.zeros_like(weight),
+                None,
+                None,
+            )
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
             du, x, weight, mean, variance, mean, inverse_deviation, of_batch and not is_shared, ctx.eps, [True] * 3
         )

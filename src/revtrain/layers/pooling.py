@@ -68,10 +68,10 @@ class ChannelPooling(_PermutingPool):
 
     def forward(self, x: Tensor) -> Tensor:
         _check_even(x)
-        return F.pixel_unshuffle(x, 2)
+        return pixel_unshuffle(x)
 
     def _unpool(self, y: Tensor) -> Tensor:
-        return F.pixel_shuffle(y, 2)
+        return pixel_shuffle(y)
 
     def _images(self, y: Tensor) -> int:
         return y.shape[0]
@@ -96,6 +96,18 @@ class BatchPooling(_PermutingPool):
 
     def _images(self, y: Tensor) -> int:
         return y.shape[0] // 4
+
+
+def pixel_unshuffle(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, 4C, H/2, W/2); torch's own loses the shape of an empty batch."""
+    b, c, h, w = x.shape
+    return F.pixel_unshuffle(x, 2) if b else x.reshape(b, 4 * c, h // 2, w // 2)
+
+
+def pixel_shuffle(y: Tensor) -> Tensor:
+    """(B, 4C, H, W) -> (B, C, 2H, 2W), of an empty batch, too."""
+    b, c, h, w = y.shape
+    return F.pixel_shuffle(y, 2) if b else y.reshape(b, c // 4, 2 * h, 2 * w)
 
 
 def merge_sub_images(features: Tensor, sub_images: int) -> Tensor:

@@ -9,14 +9,15 @@ one piece of the batch at a time, whatever its width and depth, and body is comp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from revtrain.core.layer import context_for
 from revtrain.core.pieces import MIB, batch_pieces
-from revtrain.core.recompute import FirstRun, SecondRun, parameters_of
+from revtrain.core.precision import read_dtype
+from revtrain.core.recompute import FirstRun, SecondRun, is_rewritten, parameters_of
 from revtrain.layers.norm_pieces import NormOverPieces, Statistics, normalise
 from revtrain.layers.residual_pass import ResidualPass, floating_dtype, undo_piece
 
@@ -38,7 +39,13 @@ class PreNorm(nn.Module):
         self.body = body
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
-        return self.body(normalise(x, self.norm, self.piece_bytes), *context_for(self.body, context))
+        over_pieces = not is_rewritten(self.norm, "weight", "bias")  # in the place of norm(x)
+        u = normalise(x, self.norm, self.piece_bytes) if over_pieces else self.norm(x)
+        return self.body(u, *context_for(self.body, context))
+
+    def hands_context_to(self) -> Iterable[nn.Module]:
+        """The modules that may take side inputs."""
+        return [self.body]
 
 
 class PreNormPass(ResidualPass):
@@ -51,25 +58,25 @@ class PreNormPass(ResidualPass):
 
     def add_(self, source: Tensor, target: Tensor) -> tuple[Statistics, FirstRun]:
         norm, first = self._norm(source), FirstRun(self.function.body, source.device, f"{self.name}.body")
-        for sl in norm.pieces:
-            residual = self.fits(first(norm.normalised(sl), *self.body_context), target[sl])
-            self.residual_sum.add_(target[sl], residual, 1, self.piece_bytes, self.overflows)
+        for sl, residual in first.in_pieces(norm.pieces, lambda sl: self._normalised(norm, sl), *self.body_context):
+            self.residual_sum.add_(target[sl], self.fits(residual, target[sl]), 1, self.piece_bytes, self.overflows)
+            del residual
         return norm.statistics, first.end()
 
     def recompute_(self, source: Tensor, target: Tensor, saved: Any, sign: int) -> None:
         statistics, first = saved
         norm = self._norm(source, statistics)
         with SecondRun(first) as again:
-            for sl in norm.pieces:
-                residual = again(norm.normalised(sl), *self.body_context)
+            for sl in first.pieces:
+                residual = again(self._normalised(norm, sl), *self.body_context)
                 self.residual_sum.add_(target[sl], residual, sign, self.piece_bytes)
 
     def undo_(self, source, target, dsource, dtarget, saved, grads):
         statistics, first = saved
         norm, wanted = self._norm(source, statistics), grads.wanted(parameters_of(self.function.body))
         with SecondRun(first, wanted) as again:
-            for sl in norm.pieces:
-                leaf = norm.normalised(sl).requires_grad_()
+            for sl in first.pieces:
+                leaf = self._normalised(norm, sl).requires_grad_()
                 du = undo_piece(
                     again,
                     self.residual_sum,
@@ -86,6 +93,10 @@ class PreNormPass(ResidualPass):
                     norm.add_gradient_(dsource, du, sl)
                 del du
         norm.finish_(dsource, grads)
+
+    def _normalised(self, norm: NormOverPieces, sl: slice) -> Tensor:
+        u = norm.normalised(sl)
+        return u.to(read_dtype(u))
 
     def _norm(self, source: Tensor, statistics: Statistics | None = None) -> NormOverPieces:
         return NormOverPieces(

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from revtrain.core.gradients import Gradients
 from revtrain.core.layer import differentiate_
+from revtrain.core.precision import read_dtype
 from revtrain.core.recompute import FirstRun, SecondRun, parameters_of
 from revtrain.errors import RevtrainError
 
 
 def own_copy(x: Tensor) -> Tensor:
-    """x for a function that may write into it: dense, and differentiable."""
-    return x.clone(memory_format=torch.contiguous_format)
+    """x for a function that may write into it: dense, differentiable, in the caller's type."""
+    return x.to(read_dtype(x)).clone(memory_format=torch.contiguous_format)
 
 
 def run(function: nn.Module, x: Tensor) -> tuple[Tensor, FirstRun]:
@@ -56,10 +57,10 @@ def run_backward(
     `gradient_of` is given function(x), not to be written to, and returns its gradient: a tensor that nobody else holds.
     """
     wanted = grads.wanted(parameters_of(function))
-    leaf = x.detach().requires_grad_()
+    leaf = own_copy(x.detach()).requires_grad_()
     with SecondRun(first, wanted) as again, torch.enable_grad():
         result = again(leaf)
     with torch.no_grad():
         dresult = gradient_of(result.detach())
     dx = differentiate_(result, leaf, (), again.leaves, dresult, wanted, grads)
-    return torch.zeros_like(x) if dx is None else dx
+    return torch.zeros_like(x) if dx is None else dx.to(x.dtype)

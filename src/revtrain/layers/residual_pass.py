@@ -19,6 +19,7 @@ from revtrain.core.chain import InvertibleChain
 from revtrain.core.gradients import Gradients
 from revtrain.core.layer import InvertibleLayer, context_for, differentiate_
 from revtrain.core.pieces import batch_pieces
+from revtrain.core.precision import autocast_dtype, read_dtype
 from revtrain.core.recompute import FirstRun, SecondRun, parameters_of
 from revtrain.core.state_format import PLAIN, StateFormat
 from revtrain.errors import RevtrainError
@@ -101,8 +102,15 @@ class ResidualPass:
         raise NotImplementedError
 
     def read(self, source: Tensor) -> Tensor:
-        """`source`, or a part of it, in floating point: a copy in the function's memory format."""
-        return self.residual_sum.state_format.decode(source, floating_dtype(self.function), self.memory_format)
+        """`source`, or a part of it, as the function reads it: a copy in floating point, in its memory format."""
+        values = self.values(source)
+        dtype = read_dtype(values)
+        return values if values.dtype == dtype else values.to(dtype)
+
+    def values(self, source: Tensor) -> Tensor:
+        """`source`, or a part of it, in floating point: a copy, in float32 at least."""
+        dtype = floating_dtype(self.function)
+        return self.residual_sum.state_format.decode(source, dtype, self.memory_format)
 
     def fits(self, residual: Tensor, target: Tensor) -> Tensor:
         """`residual`, if it can be added to `target` value by value.
@@ -110,6 +118,11 @@ class ResidualPass:
         Raises:
             RevtrainError: shapes differ; a result that broadcasts is refused, too.
         """
+        if not isinstance(residual, Tensor):
+            raise RevtrainError(
+                f"{self.name} returned a {type(residual).__name__}.\n"
+                "Expected a tensor: wrap it in a module that returns one."
+            )
         if residual.shape != target.shape:
             raise RevtrainError(
                 f"{self.name} returned {tuple(residual.shape)}; the part of the state that it is added to has "
@@ -118,20 +131,21 @@ class ResidualPass:
         return residual
 
     def view(self, source: Tensor) -> Tensor:
-        """As `read`, but not to be written to: no copy where the state is in floating point."""
-        return source if source.is_floating_point() else self.read(source)
+        """As `values`, but not to be written to: no copy where the state is in floating point."""
+        return source if source.is_floating_point() else self.values(source)
 
 
 def convolution_format(x: Tensor) -> torch.memory_format:
     """What convolutions are fastest in: channels last on the CPU, and in 16 bit on a GPU."""
-    if x.dim() != 4 or (x.device.type != "cpu" and not torch.is_autocast_enabled(x.device.type)):
+    if x.dim() != 4 or (x.device.type != "cpu" and autocast_dtype(x.device.type) is None):
         return torch.contiguous_format
     return torch.channels_last
 
 
 def floating_dtype(function: nn.Module) -> torch.dtype:
-    """The precision of a function's parameters; float32 where it has none."""
-    return next((p.dtype for p in parameters_of(function) if p.is_floating_point()), torch.float32)
+    """The precision of a function's parameters, float32 at least."""
+    dtype = next((p.dtype for p in parameters_of(function) if p.is_floating_point()), torch.float32)
+    return torch.promote_types(dtype, torch.float32)
 
 
 class LayerwisePass(ResidualPass):
@@ -145,6 +159,7 @@ class LayerwisePass(ResidualPass):
 
     def add_(self, source: Tensor, target: Tensor) -> Any:
         residual, saved = self.function.forward_(self.read(source), *self.context)
+        self.fits(residual, target)
         self.residual_sum.add_(target, residual, 1, self.piece_bytes, self.overflows)
         return saved
 
@@ -186,9 +201,9 @@ class LayerwisePass(ResidualPass):
 
     def read(self, source: Tensor) -> Tensor:
         # All of the batch at once, so in 16 bit where states are in 16 bit; normalised values suit float16.
-        if not source.is_floating_point() and torch.is_autocast_enabled(source.device.type):
+        if not source.is_floating_point() and autocast_dtype(source.device.type) is not None:
             return self.residual_sum.state_format.decode(source, torch.float16)
-        return super().read(source)
+        return self.values(source)
 
 
 def _recompute_for_backward(
@@ -211,21 +226,21 @@ class RecomputedPass(ResidualPass):
 
     def add_(self, source: Tensor, target: Tensor) -> FirstRun:
         first = FirstRun(self.function, source.device, self.name)
-        for sl in self._pieces(source):
-            residual = self.fits(first(self.read(source[sl]), *self.context), target[sl])
-            self.residual_sum.add_(target[sl], residual, 1, self.piece_bytes, self.overflows)
+        for sl, residual in first.in_pieces(self._pieces(source), lambda sl: self.read(source[sl]), *self.context):
+            self.residual_sum.add_(target[sl], self.fits(residual, target[sl]), 1, self.piece_bytes, self.overflows)
+            del residual
         return first.end()
 
     def recompute_(self, source: Tensor, target: Tensor, saved: FirstRun, sign: int) -> None:
         with SecondRun(saved) as again:
-            for sl in self._pieces(source):
+            for sl in saved.pieces:
                 residual = again(self.read(source[sl]), *self.context)
                 self.residual_sum.add_(target[sl], residual, sign, self.piece_bytes)
 
     def undo_(self, source, target, dsource, dtarget, saved, grads):
         wanted = grads.wanted(parameters_of(self.function))
         with SecondRun(saved, wanted) as again:
-            for sl in self._pieces(source):
+            for sl in saved.pieces:
                 leaf = self.read(source[sl]).requires_grad_()
                 dleaf = undo_piece(
                     again,

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from revtrain.core.gradients import Gradients
 from revtrain.core.layer import InvertibleLayer, context_for
+from revtrain.core.layer_list import LayerList
 from revtrain.core.names import former_names
 from revtrain.core.recompute import parameters_of
 from revtrain.core.state_format import PLAIN, StateFormat
@@ -39,7 +40,10 @@ class Observer(Protocol):
 
 
 class Head(Protocol):
-    """What may end a chain: a module that is not inverted (see `revtrain.layers.Head`)."""
+    """What may end a chain: a module that is not inverted (see `revtrain.layers.Head`).
+
+    An ordinary module may end a chain, too. It is run by autograd on the chain's result, which it may keep.
+    """
 
     def __call__(self, x: Tensor) -> Tensor:
         """The chain's result by ordinary autograd."""
@@ -69,16 +73,20 @@ class InvertibleChain(InvertibleLayer):
             must then not be read after `backward()`. Autograd refuses a second backward through it.
         state_format: the number format of the states, that is, of the activations between the layers; an integer
             one only for layers that can have it (couplings of the same format, poolings). Formerly `stream`.
-        head: a module after the layers that needs no inverse. Nobody else then sees the last state, and the
-            backward pass overwrites it. Formerly `readout`.
+        head: a module after the layers that needs no inverse. If it has `forward_` and `backward_` (see `Head`), nobody
+            else sees the last state, and the backward pass overwrites it. Formerly `readout`.
 
     Input and output are tensors (B, ...); the layers decide the rest. `overflows` counts the input values that lay
-    outside the range of the format's grid. Raises `RevtrainError` for a layer that is not invertible, one that
-    cannot take integer states, or an unknown `backward`.
+    outside the range of the format's grid.
+
+    Raises `RevtrainError` for an unknown `backward`, a head that is no module, and a layer without an inverse or of
+    another number format; also for one that is put into `layers` later (see `LayerList`).
     """
 
     observer: Observer | None = None
     layers: Sequence[InvertibleLayer]
+    state_format: StateFormat
+    head: nn.Module | None
     overflows: Tensor
 
     @former_names(stream="state_format", readout="head")
@@ -91,39 +99,55 @@ class InvertibleChain(InvertibleLayer):
         head: Head | None = None,
     ):
         super().__init__()
-        self.layers = cast(Sequence[InvertibleLayer], nn.ModuleList(layers))
-        for index, layer in enumerate(self.layers):
-            if not isinstance(layer, InvertibleLayer):
-                raise RevtrainError(
-                    f"Layer {index} of the chain is a {type(layer).__name__}, which has no inverse.\n"
-                    "Expected InvertibleLayer objects; put other modules outside the chain or inside F and G "
-                    "of an AdditiveCoupling."
-                )
-        if backward not in BACKWARDS:
-            raise RevtrainError(f"backward={backward!r} is unknown.\nExpected one of: {', '.join(BACKWARDS)}.")
-        for index, layer in enumerate(self.layers):
-            if state_format.is_integer and not layer.passes_integers:
-                raise RevtrainError(
-                    f"stream={state_format.name} cannot pass layer {index} of the chain, a {type(layer).__name__}.\n"
-                    "Expected couplings and poolings only; use stream=float32 for other layers."
-                )
+        if isinstance(layers, nn.Module) and not isinstance(layers, nn.ModuleList | nn.Sequential):
+            raise RevtrainError(
+                f"InvertibleChain was given a {type(layers).__name__} in the place of its layers.\n"
+                "Expected a list of InvertibleLayer objects: InvertibleChain([layer])."
+            )
+        if head is not None and not isinstance(head, nn.Module):
+            raise RevtrainError(
+                f"InvertibleChain was given a {type(head).__name__} as its head.\n"
+                "Expected an nn.Module: wrap the function in one, or call it on the result of the chain."
+            )
+        self.state_format = state_format
+        self.layers = cast(Sequence[InvertibleLayer], LayerList(layers, state_format))
         self.backward_mode = backward
-        self.state_format, self.head = state_format, head
-        self.reuse_output = reuse_output or head is not None
+        self.head = cast(nn.Module | None, head)
+        self.reuse_output = reuse_output or self._lean_head is not None
+        self.passes_integers = state_format.is_integer
         if state_format.bits is not None:
             self.register_buffer("overflows", torch.zeros((), dtype=torch.int64), persistent=False)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "backward_mode" and value not in BACKWARDS:
+            raise RevtrainError(f"backward={value!r} is unknown.\nExpected one of: {', '.join(BACKWARDS)}.")
+        if name == "layers" and not isinstance(value, LayerList):
+            value = LayerList(value, self.state_format)
+        super().__setattr__(name, value)
+
+    @property
+    def _lean_head(self) -> Head | None:
+        """The head, if it works on the chain's state; an ordinary module works on the chain's result."""
+        is_lean = hasattr(self.head, "forward_") and hasattr(self.head, "backward_")
+        return cast(Head, self.head) if is_lean else None
+
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
         """The chain's result, with side inputs `context` for those layers and functions that take some."""
+        if not isinstance(x, Tensor):
+            raise RevtrainError(
+                f"InvertibleChain was given a {type(x).__name__}.\nExpected a tensor (B, ...), the input of its first layer."
+            )
         if self.backward_mode == "store":
             x = self.state_format.snap(x)
             for layer in self.layers:
                 x = layer(x, *context_for(layer, context))
             return x if self.head is None else self.head(x)
-        return _without_compiler()(self, x, *context)
+        result = _without_compiler()(self, x, *context)
+        return result if self.head is None or self._lean_head is not None else self.head(result)
 
     def _invert(self, x: Tensor, *context: Tensor) -> Tensor:
-        tensors = [*context, *parameters_of(self)]
+        own = self if self._lean_head is not None or self.head is None else cast(nn.Module, self.layers)
+        tensors = [*context, *parameters_of(own)]
         if torch.is_grad_enabled() and (x.requires_grad or any(each.requires_grad for each in tensors)):
             return _ChainFunction.apply(x, self, len(context), *tensors)
         with torch.no_grad():
@@ -151,8 +175,8 @@ class InvertibleChain(InvertibleLayer):
 
     def finish(self, state: Tensor) -> tuple[Tensor, Any]:
         """(result, saved) of the last state: the head's, or else the state itself in floating point."""
-        if self.head is not None:
-            return self.head.forward_(state, self.state_format)
+        if self._lean_head is not None:
+            return self._lean_head.forward_(state, self.state_format)
         return (state if state.is_floating_point() else self.state_format.decode(state)), None
 
     def forward_(self, x: Tensor, *context: Tensor) -> tuple[Tensor, list[Any]]:
@@ -236,11 +260,11 @@ class _ChainFunction(torch.autograd.Function):
         chain, grads, context = ctx.chain, Gradients(ctx.tensors), ctx.tensors[: ctx.side_inputs]
         state = saved_state.detach() if ctx.owns_state else saved_state.detach().clone()
         with ctx.autocast():
-            if chain.head is None:
+            if chain._lean_head is None:
                 # dy may be shared with other branches of the caller's graph, or be expanded: a copy to work in.
                 dstate = dy.to(ctx.gradient_dtype, copy=True, memory_format=torch.contiguous_format)
             else:
-                dstate = chain.head.backward_(
+                dstate = chain._lean_head.backward_(
                     state, dy, ctx.saved_by_head, grads, chain.state_format, ctx.gradient_dtype
                 )
             x, dx = chain.backward_(state, dstate, ctx.saved, grads, *context)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from revtrain.core.gradients import Gradients
 from revtrain.core.pieces import MIB
 from revtrain.core.recompute import FirstRun, SecondRun, is_dense, parameters_of, shares_memory
+from revtrain.core.state_format import StateFormat
 from revtrain.errors import RevtrainError
 
 
@@ -38,12 +39,14 @@ class InvertibleLayer(nn.Module):
 
     `piece_bytes` bounds each temporary of the methods in place, in bytes. `is_pointwise`: each value of y depends on
     one of x (and on statistics), so that computing y again costs little. `passes_integers`: the methods in place take
-    states in an integer format, too (see revtrain.core.state_format).
+    states in an integer format, too (see revtrain.core.state_format); `state_format`: the only format that they take,
+    None for any.
     """
 
     piece_bytes: int = 2 * MIB
     is_pointwise: bool = False
     passes_integers: bool = False
+    state_format: StateFormat | None = None
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
         """y of x by ordinary autograd: the noise-free twin (`backward=store`)."""

@@ -11,6 +11,7 @@ What F and G are decides how the backward pass runs through them:
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from revtrain.core.recompute import shares_memory
 from revtrain.core.state_format import PLAIN, StateFormat
 from revtrain.errors import RevtrainError
 from revtrain.layers.bounded import BoundedConv2d
+from revtrain.layers.channels import Split, part_sizes
 from revtrain.layers.prenorm import PreNorm, PreNormPass
 from revtrain.layers.residual_pass import LayerwisePass, RecomputedPass, ResidualPass, ResidualSum, convolution_format
 
@@ -49,7 +51,7 @@ class AdditiveCoupling(InvertibleLayer):
     @former_names(stream="state_format")
     def __init__(
         self,
-        channels: int | tuple[int, int],
+        channels: Split,
         f: nn.Module,
         g: nn.Module | None = None,
         per_sample: bool = False,
@@ -59,22 +61,23 @@ class AdditiveCoupling(InvertibleLayer):
         dim: int = 1,
     ):
         super().__init__()
-        if isinstance(channels, int) and (channels < 2 or channels % 2):
-            raise RevtrainError(
-                f"A coupling of {channels} channels cannot be split into two equal halves.\n"
-                f"Expected an even number: {channels + 1} or {max(2, channels - 1)}, say (see `width`); or two sizes, "
-                f"as in ({max(1, channels - channels // 2)}, {max(1, channels // 2)})."
-            )
-        sizes = (channels // 2, channels // 2) if isinstance(channels, int) else tuple(channels)
-        if len(sizes) != 2 or min(sizes) < 1:
-            raise RevtrainError(f"channels={channels} was given.\nExpected an even number, or two sizes of at least 1.")
+        sizes = part_sizes(channels, self)
+        if not math.isfinite(scale):
+            raise RevtrainError(f"{type(self).__name__}: scale={scale} was given.\nExpected a finite number, such as 1.0.")
+        for name, function in (("f", f), ("g", g)):
+            if not isinstance(function, nn.Module) and not (name == "g" and function is None):
+                given = function.__name__ if isinstance(function, type) else type(function).__name__
+                raise RevtrainError(
+                    f"{type(self).__name__}: {name} is {'the class' if isinstance(function, type) else 'a'} {given}.\n"
+                    "Expected an nn.Module object: nn.Tanh() rather than nn.Tanh or torch.tanh."
+                )
         if dim == 0:
             raise RevtrainError("dim=0 would split the batch.\nExpected another dimension: 1, or the last for tokens.")
-        self.sizes: tuple[int, int] = (sizes[0], sizes[1])
+        self.sizes = sizes
         self.channels, self.dim, self.per_sample, self.channels_last = sum(sizes), dim, per_sample, channels_last
         self.residual_sum = ResidualSum(scale, state_format)
         self.f, self.g = f, g
-        self.passes_integers = state_format.is_integer
+        self.passes_integers, self.state_format = state_format.is_integer, state_format
         if state_format.bits is not None:
             self.register_buffer("overflows", torch.zeros((), dtype=torch.int64), persistent=False)
 
@@ -135,8 +138,8 @@ class AdditiveCoupling(InvertibleLayer):
         dim, (first, second) = self.dim, self.sizes
         if x.dim() < 2 or not -x.dim() <= dim < x.dim() or x.shape[dim] != first + second:
             raise RevtrainError(
-                f"{type(self).__name__}: an input of shape {tuple(x.shape)} was given; expected {first + second} along "
-                f"dimension {dim}, which is split into {first} and {second}.\n"
+                f"{type(self).__name__}: an input of shape {tuple(x.shape)} was given; expected {first + second} channels "
+                f"along dimension {dim}, which is split into {first} and {second}.\n"
                 "Give `channels` what the input has there, and `dim` the dimension: 2 or -1 for tokens (B, T, C)."
             )
         return x.narrow(dim, 0, first), x.narrow(dim, first, second)

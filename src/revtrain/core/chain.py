@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from revtrain.core.gradients import Gradients
-from revtrain.core.layer import InvertibleLayer, context_for
+from revtrain.core.layer import InvertibleLayer, context_for, refuse_graph
 from revtrain.core.layer_list import LayerList
 from revtrain.core.names import former_names
 from revtrain.core.recompute import parameters_of
@@ -190,6 +190,7 @@ class InvertibleChain(InvertibleLayer):
 
     def recompute_(self, x: Tensor, saved: list[Any], *context: Tensor) -> Tensor:
         for layer, each in zip(self.layers, saved, strict=True):
+            each = layer.stand_in(x) if each is None else each
             x = layer.recompute_(x, each, *context_for(layer, context))
         return x
 
@@ -200,9 +201,33 @@ class InvertibleChain(InvertibleLayer):
             saved_again.append(more)
         return x, saved_again
 
+    def inverse(self, y: Tensor, saved: Any = None, *context: Tensor) -> Tensor:
+        """x of y, the chain's result: chain.inverse(y, *side inputs), or with `saved` between; in y's precision.
+
+        Raises:
+            RevtrainError: a layer needs what the forward pass saved, or there is a head.
+        """
+        if isinstance(saved, Tensor):
+            saved, context = None, (saved, *context)
+        if self.head is not None:
+            raise RevtrainError(
+                f"InvertibleChain has a head, a {type(self.head).__name__}, which has no inverse.\n"
+                "Invert the layers alone: chain[:].inverse(y), where y is what they gave to the head."
+            )
+        refuse_graph(self, y)
+        with torch.no_grad():
+            state = self.state_format.encode(y, self.piece_bytes)[0] if y.is_floating_point() else y.clone()
+            x = self.inverse_(state, self.stand_in(state) if saved is None else saved, *context)
+            return self.state_format.decode(x, y.dtype).to(y.dtype) if y.is_floating_point() else x
+
+    def stand_in(self, y: Tensor) -> list[Any]:
+        return [None] * len(self)  # each layer's, once its own y is there
+
     def inverse_(self, y: Tensor, saved: list[Any], *context: Tensor) -> Tensor:
-        for layer, each in zip(reversed(self.layers), reversed(saved), strict=True):
-            y = layer.inverse_(y, each, *context_for(layer, context))
+        for index, (layer, each) in reversed(list(enumerate(zip(self.layers, saved, strict=True)))):
+            with _place(index):
+                each = layer.stand_in(y) if each is None else each
+                y = layer.inverse_(y, each, *context_for(layer, context))
             if self.observer is not None:
                 self.observer.on_reconstructed(layer, y)
         return y
@@ -280,6 +305,16 @@ class _ChainFunction(torch.autograd.Function):
 def _compute_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+@contextmanager
+def _place(index: int) -> Iterator[None]:
+    """An error of the block says at which layer it happened, as in layers[1]: or layers[0].layers[1]:"""
+    try:
+        yield
+    except RevtrainError as error:
+        message = str(error)
+        raise RevtrainError(f"layers[{index}]{'.' if message.startswith('layers[') else ': '}{message}") from error
 
 
 @contextmanager

@@ -53,25 +53,35 @@ class InvertibleLayer(nn.Module):
         raise NotImplementedError
 
     def inverse(self, y: Tensor, saved: Any = None, *context: Tensor) -> Tensor:
-        """x of y; neither y nor `saved` is changed.
+        """x of y; neither y nor `saved` is changed, and no graph is made.
+
+        Without `saved` in evaluation mode; in training mode for layers that need nothing of the forward pass.
 
         Raises:
-            RevtrainError: the layer needs what the forward pass saved, and `saved` is None.
+            RevtrainError: the layer needs what the forward pass saved, and `saved` is None; or y asks for a gradient.
         """
+        refuse_graph(self, y)
         with torch.no_grad():
-            return self.inverse_(y.clone(memory_format=torch.contiguous_format), self.require(saved), *context)
+            own = y.clone(memory_format=torch.contiguous_format)
+            return self.inverse_(own, self.stand_in(own) if saved is None else saved, *context)
 
-    def require(self, saved: Any) -> Any:
-        """`saved`, or what takes its place where a user inverts without it: for layers that can say so."""
-        return saved
+    def stand_in(self, y: Tensor) -> Any:
+        """What takes the place of `saved` where y is inverted without it.
+
+        Raises:
+            RevtrainError: nothing can; says what is missing.
+        """
+        default = type(self).forward_ is InvertibleLayer.forward_
+        return FirstRun(self, y.device).pure() if default else None
 
     # The lean forms. The defaults serve any layer that has only forward and inverse: `saved` is then its first run.
 
     def forward_(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Any]:
         """(y, saved); updates running statistics as `forward` does."""
         first = FirstRun(self, x.device)
+        shape = x.shape
         y = first(x, *context)
-        first.end()
+        first.end().input_shape = shape
         # The chain will write into y: it must not be a parameter, a side input or an expanded view.
         others = (*parameters_of(self), *self.buffers(), *context)
         if not is_dense(y) or any(shares_memory(y, each) for each in others):
@@ -100,6 +110,12 @@ class InvertibleLayer(nn.Module):
         Shapes of x and dx are equal; the chain may write into both.
         """
         x = self.inverse_(y, saved, *context)
+        shape = getattr(saved, "input_shape", None) or dy.shape
+        if x.shape != shape and isinstance(saved, FirstRun):
+            raise RevtrainError(
+                f"{type(self).__name__}.inverse returned the shape {tuple(x.shape)} where forward was given "
+                f"{tuple(shape)}.\nExpected that inverse undoes forward: revtrain.verify(model, x) tells by how much."
+            )
         if shares_memory(x, dy) or not is_dense(x):
             x = x.clone(memory_format=torch.contiguous_format)
         first = self._first_run(x, saved)
@@ -158,6 +174,15 @@ def differentiate_(
     while gradients:  # one at a time, so that each is gone before the next piece
         grads.add(owners[len(gradients) - 1], gradients.pop(), lent=dy)
     return dleaf
+
+
+def refuse_graph(layer: nn.Module, y: Tensor) -> None:
+    """Raise `RevtrainError` where a caller of `inverse` would expect a gradient."""
+    if torch.is_grad_enabled() and y.requires_grad:
+        raise RevtrainError(
+            f"{type(layer).__name__}.inverse was given a tensor that asks for a gradient, and makes no graph.\n"
+            "Call it inside of torch.no_grad(), or on y.detach()."
+        )
 
 
 def takes_context(module: nn.Module) -> bool:

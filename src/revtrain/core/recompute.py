@@ -182,7 +182,7 @@ class FirstRun:
 
     def __init__(self, function: nn.Module, device: torch.device, name: str | None = None):
         self.function, self.name = function, name or type(function).__name__
-        self.writes_its_input = False
+        self.writes_its_input = self.must_be_pure = False
         self.modules = list(function.modules())
         self.modes = [each.training for each in self.modules]
         with _SWAPPING:
@@ -197,6 +197,7 @@ class FirstRun:
         self._attributes = [_simple_attributes(each) for each in self.modules]
         devices = {str(each): each for each in (device, *(place.tensor.device for place in self.places))}
         self.generators: Generators | None = Generators(list(devices.values()), held_generators(self.modules))
+        self.input_shape: torch.Size | None = None  # where it is an invertible layer
         self.outputs: list[tuple[torch.Size, torch.dtype]] = []
         self.samples: list[tuple[Tensor, Tensor] | None] = []
         self.buffers: list[tuple[nn.Module, str, Tensor]] = []  # those that may have changed, as they were before
@@ -244,6 +245,11 @@ class FirstRun:
         ]
         self._buffers, self._attributes = [], []
         return self
+
+    def pure(self) -> FirstRun:
+        """For an inverse without a forward pass: a run that draws random numbers or changes a state is refused."""
+        self.must_be_pure = True
+        return self.begin_again()
 
     def check(self) -> None:
         """Refuse a second run that cannot be the first: weights were stepped or modes switched in between.
@@ -302,8 +308,24 @@ class SecondRun:
         return self
 
     def __exit__(self, *error: object) -> None:
+        impure = self.first.must_be_pure and error[0] is None and self._has_changed_something()
         if self._now is not None:
             self._now.restore()
+        if impure:
+            raise RevtrainError(
+                f"{self.first.name} draws random numbers or changes a state, such as statistics, in this mode: its "
+                "inverse needs what the forward pass saved.\nCall eval() first, or hand over the `saved` that forward_ "
+                "returned."
+            )
+
+    def _has_changed_something(self) -> bool:
+        drew = self.first.generators is not None and self.first.generators.have_changed()
+        buffers = zip(self.first.buffers, self._buffers, strict=True)
+        return (
+            drew
+            or any(before is not now and not torch.equal(before, now) for (*_, before), (*_, now) in buffers)
+            or self._attributes != self.first.changed_attributes
+        )
 
     def __call__(self, x: Tensor, *context: Tensor) -> Tensor:
         """function(x, *context), with a graph from x, context and `leaves` where gradients are enabled.
@@ -315,7 +337,8 @@ class SecondRun:
         # An operation in place on a leaf is refused by autograd, and would change what the coupling reads once more.
         own = x.clone() if self.first.writes_its_input else x
         y = self.within(self.first.function, own, *context)
-        self._compare(given, y)
+        if not self.first.must_be_pure:
+            self._compare(given, y)
         if y.requires_grad:
             self._refuse_foreign_leaves(y, (x, *context))
         self.piece += 1

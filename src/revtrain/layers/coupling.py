@@ -63,7 +63,9 @@ class AdditiveCoupling(InvertibleLayer):
         super().__init__()
         sizes = part_sizes(channels, self)
         if not math.isfinite(scale):
-            raise RevtrainError(f"{type(self).__name__}: scale={scale} was given.\nExpected a finite number, such as 1.0.")
+            raise RevtrainError(
+                f"{type(self).__name__}: scale={scale} was given.\nExpected a finite number, such as 1.0."
+            )
         for name, function in (("f", f), ("g", g)):
             if not isinstance(function, nn.Module) and not (name == "g" and function is None):
                 given = function.__name__ if isinstance(function, type) else type(function).__name__
@@ -102,6 +104,11 @@ class AdditiveCoupling(InvertibleLayer):
         if self.g is not None:
             self._pass_through("g", x, context).recompute_(x1, x2, saved[1], 1)
         return x
+
+    def stand_in(self, y: Tensor) -> Any:
+        y1, y2 = self._parts(y)
+        in_g = None if self.g is None else self._pass_through("g", y).stand_in(y1)
+        return self._pass_through("f", y).stand_in(y2), in_g
 
     def inverse_(self, y: Tensor, saved: Any, *context: Tensor) -> Tensor:
         y1, y2 = self._parts(y)

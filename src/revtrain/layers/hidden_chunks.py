@@ -30,7 +30,7 @@ from revtrain.errors import RevtrainError
 from revtrain.layers.batchnorm import channel_mean
 from revtrain.layers.collective import all_sum, processes
 from revtrain.layers.coupling import AdditiveCoupling
-from revtrain.layers.norm_pieces import count_batch, running_statistics, update_running_statistics
+from revtrain.layers.norm_pieces import count_batch, running_statistics, stand_in_statistics, update_running_statistics
 from revtrain.layers.residual_pass import ResidualPass, ResidualSum
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -168,6 +168,11 @@ class _HiddenChunksPass(ResidualPass):
     def recompute_(self, source: Tensor, target: Tensor, saved: _Statistics, sign: int) -> None:
         for k in rounds(self.chunks):
             self._add_output(self._hidden(source, k), target, k, _of(saved, k), sign)
+
+    def stand_in(self, source: Tensor) -> _Statistics:
+        norm = self.function.norm
+        mean, variance, _ = stand_in_statistics(norm, self.name)
+        return _Statistics(_per_channel(mean), _per_channel((variance + norm.eps).rsqrt()), False)
 
     def undo_(self, source, target, dsource, dtarget, saved, grads: Gradients) -> None:
         gamma, dgamma = self.function.norm.weight, torch.empty_like(self.function.norm.weight)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from revtrain.core.layer import context_for
 from revtrain.core.pieces import MIB, batch_pieces
 from revtrain.core.recompute import FirstRun, SecondRun, parameters_of
-from revtrain.layers.norm_pieces import NormOverPieces, Statistics, normalise
+from revtrain.layers.norm_pieces import NormOverPieces, Statistics, normalise, stand_in_statistics
 from revtrain.layers.residual_pass import ResidualPass, floating_dtype, undo_piece
 
 
@@ -63,6 +63,10 @@ class PreNormPass(ResidualPass):
             for sl in norm.pieces:
                 residual = again(norm.normalised(sl), *self.body_context)
                 self.residual_sum.add_(target[sl], residual, sign, self.piece_bytes)
+
+    def stand_in(self, source: Tensor) -> tuple[Statistics, FirstRun]:
+        statistics = stand_in_statistics(self.function.norm, self.name)
+        return statistics, FirstRun(self.function.body, source.device, f"{self.name}.body").pure()
 
     def undo_(self, source, target, dsource, dtarget, saved, grads):
         statistics, first = saved

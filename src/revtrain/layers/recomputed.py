@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from revtrain.core.gradients import Gradients
 from revtrain.core.layer import differentiate_
 from revtrain.core.recompute import FirstRun, SecondRun, parameters_of
-from revtrain.errors import RevtrainError
 
 
 def own_copy(x: Tensor) -> Tensor:
@@ -28,24 +27,10 @@ def run(function: nn.Module, x: Tensor) -> tuple[Tensor, FirstRun]:
     return result, first.end()
 
 
-def run_again(function: nn.Module, x: Tensor, first: FirstRun | None) -> Tensor:
-    """function(x) once more; running statistics and random numbers stay as they are.
-
-    Without `first`, for a function that draws no random numbers. Raises `RevtrainError` where it does.
-    """
-    if first is not None:
-        with SecondRun(first) as again:
-            return again(own_copy(x))
-    fresh = FirstRun(function, x.device).begin_again()
-    with SecondRun(fresh) as again:
-        result = again.within(function, own_copy(x))
-        drew = fresh.generators is not None and fresh.generators.have_changed()
-    if drew:
-        raise RevtrainError(
-            f"The inverse of f, a {type(function).__name__}, needs the random numbers of the forward pass.\n"
-            "Call eval() first, or hand over the `saved` that forward_ returned."
-        )
-    return result
+def run_again(x: Tensor, first: FirstRun) -> Tensor:
+    """function(x) once more; running statistics and random numbers stay as they are."""
+    with SecondRun(first) as again:
+        return again(own_copy(x))
 
 
 def run_backward(
@@ -56,7 +41,7 @@ def run_backward(
     `gradient_of` is given function(x), not to be written to, and returns its gradient: a tensor that nobody else holds.
     """
     wanted = grads.wanted(parameters_of(function))
-    leaf = x.detach().requires_grad_()
+    leaf = own_copy(x).requires_grad_()  # x lies in the state, which `gradient_of` writes into
     with SecondRun(first, wanted) as again, torch.enable_grad():
         result = again(leaf)
     with torch.no_grad():

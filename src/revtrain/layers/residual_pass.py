@@ -88,6 +88,10 @@ class ResidualPass:
         """target += sign s function(source), once more."""
         raise NotImplementedError
 
+    def stand_in(self, source: Tensor) -> Any:
+        """What takes the place of `saved` where nothing was; raises `RevtrainError` where nothing can."""
+        return FirstRun(self.function, source.device, self.name).pure()
+
     def undo_(
         self,
         source: Tensor,
@@ -152,6 +156,9 @@ class LayerwisePass(ResidualPass):
         self.residual_sum.add_(
             target, self.function.recompute_(self.read(source), saved, *self.context), sign, self.piece_bytes
         )
+
+    def stand_in(self, source: Tensor) -> Any:
+        return self.function.stand_in(source)
 
     def undo_(self, source, target, dsource, dtarget, saved, grads):
         layers = [(self.function, saved)]

@@ -51,7 +51,8 @@ def synchronise_batch_norms(model: nn.Module, group: Any) -> None:
         if isinstance(module, InvertibleBatchNorm2d):
             module.group = group
         for name, child in module.named_children():
-            if isinstance(child, SynchronisedBatchNorm2d) or not isinstance(child, _BatchNorm):
+            done = isinstance(child, SynchronisedBatchNorm2d | InvertibleBatchNorm2d)
+            if done or not isinstance(child, _BatchNorm):
                 continue
             usual = child.affine and child.track_running_stats and child.momentum is not None
             if type(child) is not nn.BatchNorm2d or not usual:

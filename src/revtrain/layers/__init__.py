@@ -1,6 +1,6 @@
 """Invertible layers: each has a differentiable `forward` and an analytic `inverse` side by side.
 
-InvertibleBatchNorm2d     Eqs. 14, 23        BN with kept statistics and |gamma| + epsilon_i
+InvertibleBatchNorm       Eqs. 14, 23        BN with kept statistics and |gamma| + epsilon_i
 InvertibleLeakyReLU       Eq. 24             y = n x for x < 0
 AdditiveCoupling          Eqs. 8, 9          y1 = x1 + F(x2), y2 = x2 + G(y1), any F and G
 CouplingConv2d            section 4.1.3      the same with one convolution each: an invertible convolution
@@ -25,7 +25,7 @@ Head                      (no inverse)       from the last state of a chain to t
 from revtrain.layers.activation import InvertibleLeakyReLU
 from revtrain.layers.actnorm import ActNorm
 from revtrain.layers.affine import AffineCoupling
-from revtrain.layers.batchnorm import InvertibleBatchNorm2d
+from revtrain.layers.batchnorm import InvertibleBatchNorm, InvertibleBatchNorm2d
 from revtrain.layers.bounded import BoundedConv2d, bounds_weights, constrain_
 from revtrain.layers.conv1x1 import InvertibleConv1x1
 from revtrain.layers.coupling import AdditiveCoupling, CouplingConv2d
@@ -56,6 +56,7 @@ __all__ = [
     "HalfSwap",
     "Head",
     "HiddenChunkCoupling",
+    "InvertibleBatchNorm",
     "InvertibleBatchNorm2d",
     "InvertibleConv1x1",
     "InvertibleLeakyReLU",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from revtrain.core.gradients import Gradients
+from revtrain.core.hooks import has_hooks
 from revtrain.core.layer import InvertibleLayer
 from revtrain.core.names import former_names
 from revtrain.core.recompute import shares_memory
@@ -25,6 +26,7 @@ from revtrain.core.state_format import PLAIN, StateFormat
 from revtrain.errors import RevtrainError
 from revtrain.layers.bounded import BoundedConv2d
 from revtrain.layers.channels import Split, part_sizes
+from revtrain.layers.per_sample import check_per_sample
 from revtrain.layers.prenorm import PreNorm, PreNormPass
 from revtrain.layers.residual_pass import LayerwisePass, RecomputedPass, ResidualPass, ResidualSum, convolution_format
 
@@ -145,8 +147,8 @@ class AdditiveCoupling(InvertibleLayer):
         dim, (first, second) = self.dim, self.sizes
         if x.dim() < 2 or not -x.dim() <= dim < x.dim() or x.shape[dim] != first + second:
             raise RevtrainError(
-                f"{type(self).__name__}: an input of shape {tuple(x.shape)} was given; expected {first + second} channels "
-                f"along dimension {dim}, which is split into {first} and {second}.\n"
+                f"{type(self).__name__}: an input of shape {tuple(x.shape)} was given; expected {first + second} "
+                f"channels along dimension {dim}, which is split into {first} and {second}.\n"
                 "Give `channels` what the input has there, and `dim` the dimension: 2 or -1 for tokens (B, T, C)."
             )
         return x.narrow(dim, 0, first), x.narrow(dim, first, second)
@@ -159,11 +161,19 @@ class AdditiveCoupling(InvertibleLayer):
         function, overflows = getattr(self, which), getattr(self, "overflows", None)
         common = (function, self.residual_sum, self.piece_bytes, overflows, self._memory_format(x))
         name = f"{which} of {type(self).__name__}, a {type(function).__name__}"
-        if isinstance(function, PreNorm):
-            return PreNormPass(*common, name=name, context=context)
         if isinstance(function, InvertibleLayer):
             return LayerwisePass(*common, name=name, context=context)
-        return RecomputedPass(*common, name=name, context=context, per_sample=self.per_sample)
+        per_sample = self.per_sample
+        if per_sample:
+            check_per_sample(function, name)
+        elif isinstance(function, PreNorm):
+            check_per_sample(function.body, name)
+            if function.runs_in_pieces():
+                return PreNormPass(*common, name=name, context=context)
+            per_sample = function.is_per_sample()
+        # a hook sees each forward pass once, with the whole batch
+        per_sample = per_sample and not any(map(has_hooks, function.modules()))
+        return RecomputedPass(*common, name=name, context=context, per_sample=per_sample)
 
 
 def writes_its_input(function: nn.Module, x: Tensor) -> bool:

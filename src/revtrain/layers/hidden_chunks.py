@@ -149,10 +149,11 @@ class _HiddenChunksPass(ResidualPass):
     def add_(self, source: Tensor, target: Tensor) -> _Statistics:
         norm = self.function.norm
         if not norm.training:
-            mean, variance, _ = running_statistics(norm)
+            mean, variance = running_statistics(norm)
             saved = _Statistics(_per_channel(mean.clone()), _per_channel((variance + norm.eps).rsqrt()), False)
             self.recompute_(source, target, saved, sign=1)
             return saved
+        count_batch(norm)
         means, inverse_deviations = [], []
         for k in rounds(self.chunks):
             z = self._hidden(source, k)
@@ -162,7 +163,6 @@ class _HiddenChunksPass(ResidualPass):
             self._add_output(z, target, k, statistics, 1, self.overflows)
             means.append(mean)
             inverse_deviations.append(statistics.inverse_deviation)
-        count_batch(norm)
         return _Statistics(join(means, self.hidden, 1), join(inverse_deviations, self.hidden, 1), True)
 
     def recompute_(self, source: Tensor, target: Tensor, saved: _Statistics, sign: int) -> None:

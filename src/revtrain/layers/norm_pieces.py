@@ -1,4 +1,4 @@
-"""torch's BatchNorm1d, 2d and 3d over pieces of the batch, forward and backward: no tensor of its input's size is made."""
+"""torch's batch norms over pieces of the batch, forward and backward: no tensor of the size of the input is made."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from revtrain.core.gradients import Gradients
+from revtrain.core.hooks import has_hooks
 from revtrain.core.pieces import batch_pieces
 from revtrain.errors import RevtrainError
 from revtrain.layers.batchnorm import all_but_channels, per_channel, statistics_dtype
@@ -109,7 +111,7 @@ class NormOverPieces:
         """Of the whole batch, in two passes, in float32 or better."""
         norm = self.norm
         if not norm.training:
-            running_mean, running_variance, _ = running_statistics(norm)
+            running_mean, running_variance = running_statistics(norm)
             return Statistics(running_mean.clone(), running_variance.clone(), False)
         others = all_but_channels(self.source)
         mean = _add_up([_sum(self.read(self.source[sl])) for sl in self.pieces], self.group) / self.count
@@ -122,17 +124,29 @@ class NormOverPieces:
         return Statistics(mean, variance, True)
 
 
-def running_statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, float]:
-    """(mean, variance, momentum): (C,), (C,) and the share of a new batch.
+def runs_over_pieces(norm: nn.Module) -> bool:
+    """Whether `NormOverPieces` computes what norm(x) does: torch's batch norms with weights and statistics.
 
-    Raises `RevtrainError` where `norm` keeps none, or keeps plain means over all batches.
+    Not of another class, with hooks, or with weights that are made of others.
     """
-    if norm.running_mean is None or norm.running_var is None or norm.momentum is None:
+    of_torch = isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
+    usual = of_torch and (type(norm).forward is _BatchNorm.forward or getattr(norm, "is_over_pieces", False))
+    return (
+        usual
+        and "forward" not in vars(norm)
+        and not has_hooks(norm)
+        and "parametrizations" not in norm._modules
+        and None not in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    )
+
+
+def running_statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """(mean, variance), (C,) each. Raises `RevtrainError` where `norm` keeps none."""
+    if norm.running_mean is None or norm.running_var is None:
         raise RevtrainError(
-            f"{norm} was given where running statistics are needed.\n"
-            "Expected a BatchNorm2d with track_running_stats=True and a momentum."
+            f"{norm} was given where running statistics are needed.\nExpected one with track_running_stats=True."
         )
-    return norm.running_mean, norm.running_var, norm.momentum
+    return norm.running_mean, norm.running_var
 
 
 def stand_in_statistics(norm: nn.BatchNorm2d, name: str) -> Statistics:
@@ -142,7 +156,7 @@ def stand_in_statistics(norm: nn.BatchNorm2d, name: str) -> Statistics:
             f"{name}: its {type(norm).__name__} is in training mode, and the inverse needs the statistics of the "
             "forward pass.\nCall eval() to use the running statistics, or hand over the `saved` that forward_ returned."
         )
-    mean, variance, _ = running_statistics(norm)
+    mean, variance = running_statistics(norm)
     return Statistics(mean.clone(), variance.clone(), False)
 
 
@@ -152,12 +166,16 @@ def update_running_statistics(
 ) -> None:
     """Take a batch of `count` values a channel into the running statistics of some `channels`, as torch does.
 
-    `mean` and `variance` (biased; torch keeps the unbiased one) are of these channels, (k,) each.
+    `mean` and `variance` (biased; torch keeps the unbiased one) are of these channels, (k,) each. `count_batch` comes
+    first: without a momentum, the statistics are means over all batches so far.
     """
-    running_mean, running_variance, momentum = running_statistics(norm)
+    running_mean, running_variance = running_statistics(norm)
     unbiased = variance * (count / max(1, count - 1))
+    share: Tensor | float = 0.0 if norm.momentum is None else norm.momentum
+    if norm.momentum is None and norm.num_batches_tracked is not None:
+        share = norm.num_batches_tracked.to(running_mean.dtype).reciprocal()
     for running, new in ((running_mean, mean), (running_variance, unbiased)):
-        running[channels].lerp_(new.to(running.dtype), momentum)
+        running[channels].lerp_(new.to(running.dtype), share)
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
     Same parameters, buffers and state_dict. Forward and backward pass cost one and two collectives of 2 C numbers.
     """
 
+    is_over_pieces = True  # its forward is that of `NormOverPieces`
     piece_bytes: int = 2 * MIB
 
     def __init__(self, norm: nn.BatchNorm2d, group: Any):

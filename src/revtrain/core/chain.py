@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from revtrain.core.gradients import Gradients
-from revtrain.core.layer import InvertibleLayer, context_for, refuse_graph
+from revtrain.core.layer import InvertibleLayer, context_for, refuse_graph, without_backward
 from revtrain.core.layer_list import LayerList
 from revtrain.core.names import former_names
 from revtrain.core.recompute import parameters_of
@@ -150,7 +150,7 @@ class InvertibleChain(InvertibleLayer):
         tensors = [*context, *parameters_of(own)]
         if torch.is_grad_enabled() and (x.requires_grad or any(each.requires_grad for each in tensors)):
             return _ChainFunction.apply(x, self, len(context), *tensors)
-        with torch.no_grad():
+        with torch.no_grad(), without_backward():
             state, _ = self.forward_(self.encode(x), *context)
             return self.finish(state)[0]
 
@@ -235,11 +235,31 @@ class InvertibleChain(InvertibleLayer):
     def backward_(
         self, y: Tensor, dy: Tensor, saved: list[Any], grads: Gradients, *context: Tensor
     ) -> tuple[Tensor, Tensor]:
-        for layer, each in zip(reversed(self.layers), reversed(saved), strict=True):
-            y, dy = layer.backward_(y, dy, each, grads, *context_for(layer, context))
+        return self.walk_back_(y, dy, saved, grads, context)
+
+    def walk_back_(
+        self,
+        y: Tensor,
+        dy: Tensor,
+        saved: list[Any],
+        grads: Gradients,
+        context: tuple[Tensor, ...],
+        until: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """(x, dx) of the layer at `until`: the layers from the last to that one are undone."""
+        for index in range(len(self) - 1, until - 1, -1):
+            layer = self.layers[index]
+            y, dy = layer.backward_(y, dy, saved[index], grads, *context_for(layer, context))
             if self.observer is not None:
                 self.observer.on_reconstructed(layer, y)
         return y, dy
+
+    def first_that_wants(self, grads: Gradients, context: tuple[Tensor, ...]) -> int:
+        """The place of the first layer inside which anybody asks for a gradient: in front of it, nobody does."""
+        for index, layer in enumerate(self.layers):
+            if grads.wanted([*parameters_of(layer), *context_for(layer, context)]):
+                return index
+        return len(self)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The head was called readout once: a network saved then loads as well.
@@ -292,7 +312,10 @@ class _ChainFunction(torch.autograd.Function):
                 dstate = chain._lean_head.backward_(
                     state, dy, ctx.saved_by_head, grads, chain.state_format, ctx.gradient_dtype
                 )
-            x, dx = chain.backward_(state, dstate, ctx.saved, grads, *context)
+            # Nobody needs the input of frozen first layers: the walk ends before them, unless somebody watches.
+            ends_early = not ctx.needs_input_grad[0] and chain.observer is None
+            until = chain.first_that_wants(grads, context) if ends_early else 0
+            x, dx = chain.walk_back_(state, dstate, ctx.saved, grads, context, until)
         if not ctx.needs_input_grad[0]:
             dx = None
         elif dx.dtype != ctx.input_dtype:  # x has served its purpose: a narrower gradient fits into its storage

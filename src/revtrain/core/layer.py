@@ -13,7 +13,9 @@ everywhere in torch, and runs without autograd.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -183,6 +185,29 @@ def refuse_graph(layer: nn.Module, y: Tensor) -> None:
             f"{type(layer).__name__}.inverse was given a tensor that asks for a gradient, and makes no graph.\n"
             "Call it inside of torch.no_grad(), or on y.detach()."
         )
+
+
+_for_backward: ContextVar[bool] = ContextVar("for_backward", default=True)
+
+
+@contextmanager
+def without_backward() -> Iterator[None]:
+    """The block runs forward passes after which no backward pass follows."""
+    token = _for_backward.set(False)
+    try:
+        yield
+    finally:
+        _for_backward.reset(token)
+
+
+def is_for_backward() -> bool:
+    """Whether a backward pass may follow the forward pass that is running."""
+    return _for_backward.get()
+
+
+def keeps_graph() -> bool:
+    """Whether the backward pass that is running may be run a second time (`retain_graph=True`)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def takes_context(module: nn.Module) -> bool:

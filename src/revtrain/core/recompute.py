@@ -339,7 +339,7 @@ class SecondRun:
         y = self.within(self.first.function, own, *context)
         if not self.first.must_be_pure:
             self._compare(given, y)
-        if y.requires_grad:
+        if y.grad_fn is not None:
             self._refuse_foreign_leaves(y, (x, *context))
         self.piece += 1
         return y

@@ -16,6 +16,8 @@ HalfSwap                  -                  (x1, x2) -> (x2, x1)
 ChannelPermutation        -                  a fixed random order of the channels
 InvertibleConv1x1         Glow, 2018         a learned, invertible mixture of the channels
 ActNorm                   Glow, 2018         a scale and a shift a channel that begin by normalising the first batch
+StoredStep                -                  any module, whose input and activations are stored
+CheckpointedStep          -                  any module, whose input is stored
 Head                      (no inverse)       from the last state of a chain to the logits
 
 `synchronise_batch_norms` lets the batch norms of a model use the statistics of several processes.
@@ -36,6 +38,7 @@ from revtrain.layers.momentum import MomentumCoupling
 from revtrain.layers.permute import ChannelPermutation, HalfSwap
 from revtrain.layers.pooling import BatchPooling, ChannelPooling, check_pooling, merge_sub_images
 from revtrain.layers.prenorm import PreNorm
+from revtrain.layers.step import CheckpointedStep, StoredStep
 from revtrain.layers.sync import SynchronisedBatchNorm2d, synchronise_batch_norms, unsynchronised
 
 ChunkedCoupling = HiddenChunkCoupling  # former names
@@ -50,6 +53,7 @@ __all__ = [
     "BoundedConv2d",
     "ChannelPermutation",
     "ChannelPooling",
+    "CheckpointedStep",
     "ChunkedCoupling",
     "CouplingConv2d",
     "HaarPooling",
@@ -63,6 +67,7 @@ __all__ = [
     "MomentumCoupling",
     "PreNorm",
     "Readout",
+    "StoredStep",
     "SynchronisedBatchNorm2d",
     "WideResidual",
     "bounds_weights",

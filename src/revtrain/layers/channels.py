@@ -28,7 +28,7 @@ def part_sizes(channels: Split, layer: nn.Module) -> tuple[int, int]:
     are_sizes = isinstance(sizes, tuple | list) and len(sizes) == 2 and all(isinstance(each, int) for each in sizes)
     if not are_sizes or min(sizes) < 1 or (isinstance(channels, int) and sizes[0] != sizes[1]):
         raise RevtrainError(
-            f"{type(layer).__name__}: channels={channels} was given; {channels} channels cannot be cut into two parts.\n"
+            f"{type(layer).__name__}: channels={channels} was given; {channels} channels cannot be cut in two.\n"
             "Expected an even number, cut into two equal halves, or the sizes of both parts, such as (3, 5)."
         )
     return sizes[0], sizes[1]

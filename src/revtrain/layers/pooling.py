@@ -130,7 +130,8 @@ class ChannelPooling(_PermutingPool):
         return cut.permute(0, 1, *(dim for i in range(n) for dim in (2 + n + i, 2 + i)))
 
     def _pooled_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        return shape[0], shape[1] * self._parts(shape), *self._smaller_sides(shape)
+        parts = self._parts(shape)
+        return shape[0], shape[1] * parts, *self._smaller_sides(shape)
 
     def _unpooled_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         parts = self._parts(shape)
@@ -159,7 +160,8 @@ class BatchPooling(_PermutingPool):
         return cut.permute(0, 1 + n, *(dim for i in range(n) for dim in (2 + n + i, 1 + i)))
 
     def _pooled_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        return shape[0] * self._parts(shape), shape[1], *self._smaller_sides(shape)
+        parts = self._parts(shape)
+        return shape[0] * parts, shape[1], *self._smaller_sides(shape)
 
     def _unpooled_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         parts = self._parts(shape)

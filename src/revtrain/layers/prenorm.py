@@ -1,11 +1,11 @@
 """Normalisation in front of a per-sample function: wide residuals that are never alive as a whole.
 
 F(x) = body(norm(x)), where body treats each sample on its own (convolutions, any activation, group norm, attention
-within a sample, ...). Of a batch norm, only the norm looks at the whole batch, and it looks at x, which the coupling has
-at hand. Its gradient is linear in two sums over the batch (see `NormOverPieces`), so one pass over pieces of the batch
-does all the work: it recomputes body, takes its result off the other half, passes the gradient on and adds up the sums.
-The activations inside F are alive for one piece of the batch at a time, whatever its width and depth, and body is
-computed once more in all. A norm that looks at one sample at a time (LayerNorm, GroupNorm, RMSNorm) is run piece by
+within a sample, ...). Only a batch norm looks at the whole batch, and it looks at x, which the coupling has at hand.
+Its gradient is linear in two sums over the batch (see `NormOverPieces`), so one pass over pieces of the batch does all
+the work: it recomputes body, takes its result off the other half, passes the gradient on and adds up the sums. The
+activations inside F are alive for one piece of the batch at a time, whatever its width and depth, and body is computed
+once more in all. A norm that looks at one sample at a time (LayerNorm, GroupNorm, RMSNorm) is run piece by
 piece together with body.
 """
 

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from revtrain.core.gradients import Gradients
+from revtrain.core.hooks import forward_
 from revtrain.core.layer import InvertibleLayer, context_for, refuse_graph, without_backward
 from revtrain.core.layer_list import LayerList
 from revtrain.core.names import former_names
 from revtrain.core.recompute import parameters_of
+from revtrain.core.sharded import whole_weights
 from revtrain.core.state_format import PLAIN, StateFormat
 from revtrain.errors import RevtrainError
 
@@ -135,7 +137,7 @@ class InvertibleChain(InvertibleLayer):
         """The chain's result, with side inputs `context` for those layers and functions that take some."""
         if not isinstance(x, Tensor):
             raise RevtrainError(
-                f"InvertibleChain was given a {type(x).__name__}.\nExpected a tensor (B, ...), the input of its first layer."
+                f"InvertibleChain was given a {type(x).__name__}.\nExpected a tensor (B, ...) for its first layer."
             )
         if self.backward_mode == "store":
             x = self.state_format.snap(x)
@@ -184,7 +186,8 @@ class InvertibleChain(InvertibleLayer):
         for layer in self.layers:
             if self.observer is not None:
                 self.observer.on_input(layer, x)
-            x, saved = layer.forward_(x, *context_for(layer, context))
+            with whole_weights(layer):
+                x, saved = forward_(layer, x, context_for(layer, context), self.state_format.decode)
             saved_by_layers.append(saved)
         return x, saved_by_layers
 
@@ -225,7 +228,7 @@ class InvertibleChain(InvertibleLayer):
 
     def inverse_(self, y: Tensor, saved: list[Any], *context: Tensor) -> Tensor:
         for index, (layer, each) in reversed(list(enumerate(zip(self.layers, saved, strict=True)))):
-            with _place(index):
+            with _place(index), whole_weights(layer):
                 each = layer.stand_in(y) if each is None else each
                 y = layer.inverse_(y, each, *context_for(layer, context))
             if self.observer is not None:
@@ -249,7 +252,8 @@ class InvertibleChain(InvertibleLayer):
         """(x, dx) of the layer at `until`: the layers from the last to that one are undone."""
         for index in range(len(self) - 1, until - 1, -1):
             layer = self.layers[index]
-            y, dy = layer.backward_(y, dy, saved[index], grads, *context_for(layer, context))
+            with whole_weights(layer, grads):
+                y, dy = layer.backward_(y, dy, saved[index], grads, *context_for(layer, context))
             if self.observer is not None:
                 self.observer.on_reconstructed(layer, y)
         return y, dy

@@ -74,14 +74,13 @@ class InvertibleLayer(nn.Module):
             RevtrainError: nothing can; says what is missing.
         """
         default = type(self).forward_ is InvertibleLayer.forward_
-        return FirstRun(self, y.device).pure() if default else None
+        return self._fresh_run(y).pure() if default else None
 
     # The lean forms. The defaults serve any layer that has only forward and inverse: `saved` is then its first run.
 
     def forward_(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Any]:
         """(y, saved); updates running statistics as `forward` does."""
-        first = FirstRun(self, x.device)
-        shape = x.shape
+        first, shape = self._fresh_run(x), x.shape
         y = first(x, *context)
         first.end().input_shape = shape
         # The chain will write into y: it must not be a parameter, a side input or an expanded view.
@@ -134,7 +133,12 @@ class InvertibleLayer(nn.Module):
 
     def _first_run(self, x: Tensor, saved: Any) -> FirstRun:
         """What `forward_` of this class has kept; of a subclass that has its own `forward_`, the present state."""
-        return saved if isinstance(saved, FirstRun) else FirstRun(self, x.device).begin_again()
+        return saved if isinstance(saved, FirstRun) else self._fresh_run(x).begin_again()
+
+    def _fresh_run(self, x: Tensor) -> FirstRun:
+        first = FirstRun(self, x.device)
+        first.run = self.forward  # the chain fires the hooks of its layers
+        return first
 
 
 def differentiate_(

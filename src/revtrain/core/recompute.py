@@ -182,6 +182,7 @@ class FirstRun:
 
     def __init__(self, function: nn.Module, device: torch.device, name: str | None = None):
         self.function, self.name = function, name or type(function).__name__
+        self.run: Callable[..., Tensor] = function
         self.writes_its_input = self.must_be_pure = False
         self.modules = list(function.modules())
         self.modes = [each.training for each in self.modules]
@@ -206,7 +207,7 @@ class FirstRun:
     def __call__(self, x: Tensor, *context: Tensor) -> Tensor:
         """function(x, *context); x is not the caller's, so that the function may write into it."""
         given, version = sample(x), _version(x)
-        y = self.function(x, *context)
+        y = self.run(x, *context)
         if not isinstance(y, Tensor):
             raise RevtrainError(
                 f"{self.name} returned a {type(y).__name__}.\nExpected a tensor: wrap it in a module that returns one."
@@ -336,7 +337,7 @@ class SecondRun:
         given = sample(x)
         # An operation in place on a leaf is refused by autograd, and would change what the coupling reads once more.
         own = x.clone() if self.first.writes_its_input else x
-        y = self.within(self.first.function, own, *context)
+        y = self.within(self.first.run, own, *context)
         if not self.first.must_be_pure:
             self._compare(given, y)
         if y.grad_fn is not None:

@@ -235,9 +235,10 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 
 
 def channel_mean(x: Tensor, piece_bytes: int, group: Any = None) -> Tensor:
-    """Mean over all but the channels of x (B, C, ...) and the processes of `group`, in float32 or better: (1, C, 1, ...).
+    """Mean over all but the channels of x (B, C, ...) and the processes of `group`: (1, C, 1, ...).
 
-    Piece by piece of the batch."""
+    In float32 or better, piece by piece of the batch.
+    """
     dtype = statistics_dtype(x)
     sums = [x[sl].sum(all_but_channels(x), keepdim=True, dtype=dtype) for sl in batch_pieces(x, piece_bytes)]
     return _combine(sums, x, dtype, group)

@@ -102,9 +102,9 @@ class AdditiveCoupling(InvertibleLayer):
 
     def recompute_(self, x: Tensor, saved: Any, *context: Tensor) -> Tensor:
         x1, x2 = self._parts(x)
-        self._pass_through("f", x, context).recompute_(x2, x1, saved[0], 1)
+        self._pass_through("f", x, context, saved[0]).recompute_(x2, x1, saved[0], 1)
         if self.g is not None:
-            self._pass_through("g", x, context).recompute_(x1, x2, saved[1], 1)
+            self._pass_through("g", x, context, saved[1]).recompute_(x1, x2, saved[1], 1)
         return x
 
     def stand_in(self, y: Tensor) -> Any:
@@ -115,16 +115,16 @@ class AdditiveCoupling(InvertibleLayer):
     def inverse_(self, y: Tensor, saved: Any, *context: Tensor) -> Tensor:
         y1, y2 = self._parts(y)
         if self.g is not None:
-            self._pass_through("g", y, context).recompute_(y1, y2, saved[1], -1)
-        self._pass_through("f", y, context).recompute_(y2, y1, saved[0], -1)
+            self._pass_through("g", y, context, saved[1]).recompute_(y1, y2, saved[1], -1)
+        self._pass_through("f", y, context, saved[0]).recompute_(y2, y1, saved[0], -1)
         return y
 
     def backward_(self, y: Tensor, dy: Tensor, saved: Any, grads: Gradients, *context: Tensor) -> tuple[Tensor, Tensor]:
         (y1, y2), (dy1, dy2) = self._parts(y), self._parts(dy)
         if self.g is not None:  # y2 becomes x2; dy1 is complete
-            self._pass_through("g", y, context).undo_(y1, y2, dy1, dy2, saved[1], grads)
+            self._pass_through("g", y, context, saved[1]).undo_(y1, y2, dy1, dy2, saved[1], grads)
         # y1 becomes x1; dy2 is complete
-        self._pass_through("f", y, context).undo_(y2, y1, dy2, dy1, saved[0], grads)
+        self._pass_through("f", y, context, saved[0]).undo_(y2, y1, dy2, dy1, saved[0], grads)
         return y, dy
 
     def _added(self, which: str, target: Tensor, source: Tensor, context: tuple[Tensor, ...]) -> Tensor:
@@ -156,19 +156,21 @@ class AdditiveCoupling(InvertibleLayer):
     def _memory_format(self, x: Tensor) -> torch.memory_format:
         return convolution_format(x) if self.channels_last else torch.contiguous_format
 
-    def _pass_through(self, which: str, x: Tensor, context: tuple[Tensor, ...] = ()) -> ResidualPass:
-        """The way through `f` or `g`."""
+    def _pass_through(self, which: str, x: Tensor, context: tuple[Tensor, ...] = (), saved: Any = None) -> ResidualPass:
+        """The way through `f` or `g`; on the way back that on which `saved` was kept."""
         function, overflows = getattr(self, which), getattr(self, "overflows", None)
         common = (function, self.residual_sum, self.piece_bytes, overflows, self._memory_format(x))
         name = f"{which} of {type(self).__name__}, a {type(function).__name__}"
         if isinstance(function, InvertibleLayer):
             return LayerwisePass(*common, name=name, context=context)
+        if isinstance(saved, tuple):
+            return PreNormPass(*common, name=name, context=context)
         per_sample = self.per_sample
         if per_sample:
             check_per_sample(function, name)
         elif isinstance(function, PreNorm):
             check_per_sample(function.body, name)
-            if function.runs_in_pieces():
+            if saved is None and function.runs_in_pieces():
                 return PreNormPass(*common, name=name, context=context)
             per_sample = function.is_per_sample()
         # a hook sees each forward pass once, with the whole batch

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revtrain.core.gradients import Gradients
+from revtrain.core.hooks import has_hooks
 from revtrain.core.names import former_names
 from revtrain.core.pieces import batch_pieces, join, rounds
 from revtrain.core.state_format import PLAIN, StateFormat
@@ -30,7 +31,13 @@ from revtrain.errors import RevtrainError
 from revtrain.layers.batchnorm import channel_mean
 from revtrain.layers.collective import all_sum, processes
 from revtrain.layers.coupling import AdditiveCoupling
-from revtrain.layers.norm_pieces import count_batch, running_statistics, stand_in_statistics, update_running_statistics
+from revtrain.layers.norm_pieces import (
+    count_batch,
+    running_statistics,
+    runs_over_pieces,
+    stand_in_statistics,
+    update_running_statistics,
+)
 from revtrain.layers.residual_pass import ResidualPass, ResidualSum
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -112,12 +119,21 @@ class HiddenChunkCoupling(AdditiveCoupling):
         super().__init__(channels, f, g, scale=scale, state_format=state_format)
         self.hidden_chunk = hidden_chunk
 
-    def _pass_through(self, which: str, x: Tensor, context: tuple[Tensor, ...] = ()) -> ResidualPass:
+    def _pass_through(self, which: str, x: Tensor, context: tuple[Tensor, ...] = (), saved: Any = None) -> ResidualPass:
         function = getattr(self, which)
+        if not (_runs_in_chunks(function) if saved is None else isinstance(saved, _Statistics)):
+            return super()._pass_through(which, x, context, saved)
         overflows = getattr(self, "overflows", None)
         return _HiddenChunksPass(
             cast(WideResidual, function), self.residual_sum, self.hidden_chunk, self.piece_bytes, overflows
         )
+
+
+def _runs_in_chunks(function: nn.Module) -> bool:
+    """Whether nothing is attached to a `WideResidual` or its parts, so that its weights say all."""
+    parts = [part for part in function.modules() if not isinstance(part, nn.BatchNorm2d)]
+    usual = type(function) is WideResidual and "forward" not in vars(function) and runs_over_pieces(function.norm)
+    return usual and not any(has_hooks(part) or "parametrizations" in part._modules for part in parts)
 
 
 class _Statistics(NamedTuple):

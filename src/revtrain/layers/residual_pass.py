@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from revtrain.core.chain import InvertibleChain
 from revtrain.core.gradients import Gradients
+from revtrain.core.hooks import forward_
 from revtrain.core.layer import InvertibleLayer, context_for, differentiate_
 from revtrain.core.pieces import batch_pieces
 from revtrain.core.recompute import FirstRun, SecondRun, parameters_of
@@ -148,7 +149,7 @@ class LayerwisePass(ResidualPass):
     function: InvertibleLayer
 
     def add_(self, source: Tensor, target: Tensor) -> Any:
-        residual, saved = self.function.forward_(self.read(source), *self.context)
+        residual, saved = forward_(self.function, self.read(source), self.context, Tensor.clone)
         self.residual_sum.add_(target, residual, 1, self.piece_bytes, self.overflows)
         return saved
 

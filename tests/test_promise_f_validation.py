@@ -64,11 +64,19 @@ def test_our_batch_norm_refuses_another_number_of_channels(made_for, backward):
 
 @in_both_modes
 @pytest.mark.parametrize("pooling", [ChannelPooling, BatchPooling])
-@pytest.mark.parametrize("shape", [(4, 4, 4), (4, 4), (16,)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 2, 2, 2, 2, 2), (4, 4), (16,)], ids=str)
 def test_pooling_refuses_a_wrong_number_of_dimensions(pooling, shape, backward):
-    """(B, C, L) would be read as an image without a batch: samples would mix."""
     with refused(pooling.__name__, "dimension"):
         run(lambda: InvertibleChain([pooling()]), values(*shape), backward=backward)
+
+
+@in_both_modes
+@pytest.mark.parametrize("pooling", [ChannelPooling, BatchPooling])
+def test_pooling_of_three_dimensions_mixes_no_samples(pooling, backward):
+    """(B, C, L) is no image without a batch: the first sample is pooled as it is alone."""
+    chain, x = InvertibleChain([pooling()], backward=backward), values(3, 4, 6)
+    alone = chain(x[:1])
+    assert torch.equal(chain(x)[: len(alone)], alone)
 
 
 @in_both_modes

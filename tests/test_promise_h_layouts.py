@@ -256,7 +256,7 @@ def test_pooling_refuses_a_remainder_and_a_factor_that_cannot_be(pooling, backwa
 # ---- vocabulary ----------------------------------------------------------------------------------
 
 VOCABULARY = {
-    "affine": lambda: library.AffineCoupling(CHANNELS, conv(4), conv(4)),
+    "affine": lambda: library.AffineCoupling(CHANNELS, nn.Conv2d(4, 8, 3, padding=1)),
     "momentum": lambda: library.MomentumCoupling(CHANNELS, conv(4)),
     "half-swap": lambda: library.HalfSwap(1),
     "permutation": lambda: library.ChannelPermutation(CHANNELS),

@@ -21,10 +21,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from revtrain.core.gradients import Gradients
-from revtrain.core.layer import InvertibleLayer, context_for, takes_context
+from revtrain.core.hooks import forward_
+from revtrain.core.layer import InvertibleLayer, context_for, refuse_graph, takes_context, without_backward
+from revtrain.core.layer_list import LayerList
 from revtrain.core.names import former_names
 from revtrain.core.precision import NARROW, autocast_as_now, autocast_dtype, pass_of
-from revtrain.core.recompute import AsItWas, watching_for_gradients
+from revtrain.core.recompute import AsItWas, parameters_of, watching_for_gradients
+from revtrain.core.sharded import whole_weights
 from revtrain.core.state_format import PLAIN, StateFormat
 from revtrain.errors import RevtrainError
 
@@ -42,7 +45,10 @@ class Observer(Protocol):
 
 
 class Head(Protocol):
-    """What may end a chain: a module that is not inverted (see `revtrain.layers.Head`)."""
+    """What may end a chain: a module that is not inverted (see `revtrain.layers.Head`).
+
+    An ordinary module may end a chain, too. It is run by autograd on the chain's result, which it may keep.
+    """
 
     def __call__(self, x: Tensor) -> Tensor:
         """The chain's result by ordinary autograd."""
@@ -72,16 +78,20 @@ class InvertibleChain(InvertibleLayer):
             must then not be read after `backward()`. Autograd refuses a second backward through it.
         state_format: the number format of the states, that is, of the activations between the layers; an integer
             one only for layers that can have it (couplings of the same format, poolings). Formerly `stream`.
-        head: a module after the layers that needs no inverse. Nobody else then sees the last state, and the
-            backward pass overwrites it. Formerly `readout`.
+        head: a module after the layers that needs no inverse. If it has `forward_` and `backward_` (see `Head`), nobody
+            else sees the last state, and the backward pass overwrites it. Formerly `readout`.
 
     Input and output are tensors (B, ...); the layers decide the rest. `overflows` counts the input values that lay
-    outside the range of the format's grid. Raises `RevtrainError` for a layer that is not invertible, one that
-    cannot take integer states, or an unknown `backward`.
+    outside the range of the format's grid.
+
+    Raises `RevtrainError` for an unknown `backward`, a head that is no module, and a layer without an inverse or of
+    another number format; also for one that is put into `layers` later (see `LayerList`).
     """
 
     observer: Observer | None = None
     layers: Sequence[InvertibleLayer]
+    state_format: StateFormat
+    head: nn.Module | None
     overflows: Tensor
 
     @former_names(stream="state_format", readout="head")
@@ -94,27 +104,37 @@ class InvertibleChain(InvertibleLayer):
         head: Head | None = None,
     ):
         super().__init__()
-        self.layers = cast(Sequence[InvertibleLayer], nn.ModuleList(layers))
-        for index, layer in enumerate(self.layers):
-            if not isinstance(layer, InvertibleLayer):
-                raise RevtrainError(
-                    f"Layer {index} of the chain is a {type(layer).__name__}, which has no inverse.\n"
-                    "Expected InvertibleLayer objects; put other modules outside the chain or inside F and G "
-                    "of an AdditiveCoupling."
-                )
-        if backward not in BACKWARDS:
-            raise RevtrainError(f"backward={backward!r} is unknown.\nExpected one of: {', '.join(BACKWARDS)}.")
-        for index, layer in enumerate(self.layers):
-            if state_format.is_integer and not layer.passes_integers:
-                raise RevtrainError(
-                    f"stream={state_format.name} cannot pass layer {index} of the chain, a {type(layer).__name__}.\n"
-                    "Expected couplings and poolings only; use stream=float32 for other layers."
-                )
+        if isinstance(layers, nn.Module) and not isinstance(layers, nn.ModuleList | nn.Sequential):
+            raise RevtrainError(
+                f"InvertibleChain was given a {type(layers).__name__} in the place of its layers.\n"
+                "Expected a list of InvertibleLayer objects: InvertibleChain([layer])."
+            )
+        if head is not None and not isinstance(head, nn.Module):
+            raise RevtrainError(
+                f"InvertibleChain was given a {type(head).__name__} as its head.\n"
+                "Expected an nn.Module: wrap the function in one, or call it on the result of the chain."
+            )
+        self.state_format = state_format
+        self.layers = cast(Sequence[InvertibleLayer], LayerList(layers, state_format))
         self.backward_mode = backward
-        self.state_format, self.head = state_format, head
-        self.reuse_output = reuse_output or head is not None
+        self.head = cast(nn.Module | None, head)
+        self.reuse_output = reuse_output or self._lean_head is not None
+        self.passes_integers = state_format.is_integer
         if state_format.bits is not None:
             self.register_buffer("overflows", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "backward_mode" and value not in BACKWARDS:
+            raise RevtrainError(f"backward={value!r} is unknown.\nExpected one of: {', '.join(BACKWARDS)}.")
+        if name == "layers" and not isinstance(value, LayerList):
+            value = LayerList(value, self.state_format)
+        super().__setattr__(name, value)
+
+    @property
+    def _lean_head(self) -> Head | None:
+        """The head, if it works on the chain's state; an ordinary module works on the chain's result."""
+        is_lean = hasattr(self.head, "forward_") and hasattr(self.head, "backward_")
+        return cast(Head, self.head) if is_lean else None
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
         """The chain's result, with side inputs `context` for those layers and functions that take some."""
@@ -126,7 +146,8 @@ class InvertibleChain(InvertibleLayer):
                     y = layer(y, *context_for(layer, context))
                 y = y if self.head is None else self.head(y)
             return y.to(x.dtype) if x.dtype in NARROW else y
-        return _without_compiler()(self, x, *context)
+        result = _without_compiler()(self, x, *context)
+        return result if self.head is None or self._lean_head is not None else self.head(result)
 
     def hands_context_to(self) -> Iterable[nn.Module]:
         """The modules that may take side inputs."""
@@ -144,11 +165,11 @@ class InvertibleChain(InvertibleLayer):
                 'Only backward="store" passes tangents on.'
             )
         self._fill_lazy_modules(x, *context)
-        now = AsItWas(self, context)
+        now = AsItWas(self if self._lean_head is not None or self.head is None else self.layers, context)
         tensors = [*context, *now.parameters]
         if torch.is_grad_enabled() and (x.requires_grad or any(each.requires_grad for each in tensors)):
             return _ChainFunction.apply(x, self, now, *tensors)
-        with watching_for_gradients(torch.is_grad_enabled()), torch.no_grad():
+        with watching_for_gradients(torch.is_grad_enabled()), torch.no_grad(), without_backward():
             return self._pass_forward(x, context)[0]
 
     def _pass_forward(self, x: Tensor, context: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Any, Any]:
@@ -164,6 +185,10 @@ class InvertibleChain(InvertibleLayer):
         return result, state, saved, saved_by_head
 
     def _check_input(self, x: Tensor, context: tuple[Tensor, ...]) -> None:
+        if not isinstance(x, Tensor):
+            raise RevtrainError(
+                f"InvertibleChain was given a {type(x).__name__}.\nExpected a tensor (B, ...) for its first layer."
+            )
         if not (x.is_floating_point() or x.is_complex()):
             raise RevtrainError(
                 f"InvertibleChain: an input of {x.dtype} was given.\n"
@@ -216,8 +241,8 @@ class InvertibleChain(InvertibleLayer):
 
     def finish(self, state: Tensor) -> tuple[Tensor, Any]:
         """(result, saved) of the last state: the head's, or else the state itself in floating point."""
-        if self.head is not None:
-            return self.head.forward_(state, self.state_format)
+        if self._lean_head is not None:
+            return self._lean_head.forward_(state, self.state_format)
         return (state if state.is_floating_point() else self.state_format.decode(state)), None
 
     def forward_(self, x: Tensor, *context: Tensor) -> tuple[Tensor, list[Any]]:
@@ -225,12 +250,14 @@ class InvertibleChain(InvertibleLayer):
         for layer in self.layers:
             if self.observer is not None:
                 self.observer.on_input(layer, x)
-            x, saved = layer.forward_(x, *context_for(layer, context))
+            with whole_weights(layer):
+                x, saved = forward_(layer, x, context_for(layer, context), self.state_format.decode)
             saved_by_layers.append(saved)
         return x, saved_by_layers
 
     def recompute_(self, x: Tensor, saved: list[Any], *context: Tensor) -> Tensor:
         for layer, each in zip(self.layers, saved, strict=True):
+            each = layer.stand_in(x) if each is None else each
             x = layer.recompute_(x, each, *context_for(layer, context))
         return x
 
@@ -241,9 +268,33 @@ class InvertibleChain(InvertibleLayer):
             saved_again.append(more)
         return x, saved_again
 
+    def inverse(self, y: Tensor, saved: Any = None, *context: Tensor) -> Tensor:
+        """x of y, the chain's result: chain.inverse(y, *side inputs), or with `saved` between; in y's precision.
+
+        Raises:
+            RevtrainError: a layer needs what the forward pass saved, or there is a head.
+        """
+        if isinstance(saved, Tensor):
+            saved, context = None, (saved, *context)
+        if self.head is not None:
+            raise RevtrainError(
+                f"InvertibleChain has a head, a {type(self.head).__name__}, which has no inverse.\n"
+                "Invert the layers alone: chain[:].inverse(y), where y is what they gave to the head."
+            )
+        refuse_graph(self, y)
+        with torch.no_grad():
+            state = self.state_format.encode(y, self.piece_bytes)[0] if y.is_floating_point() else y.clone()
+            x = self.inverse_(state, self.stand_in(state) if saved is None else saved, *context)
+            return self.state_format.decode(x, y.dtype).to(y.dtype) if y.is_floating_point() else x
+
+    def stand_in(self, y: Tensor) -> list[Any]:
+        return [None] * len(self)  # each layer's, once its own y is there
+
     def inverse_(self, y: Tensor, saved: list[Any], *context: Tensor) -> Tensor:
-        for layer, each in zip(reversed(self.layers), reversed(saved), strict=True):
-            y = layer.inverse_(y, each, *context_for(layer, context))
+        for index, (layer, each) in reversed(list(enumerate(zip(self.layers, saved, strict=True)))):
+            with _place(index), whole_weights(layer):
+                each = layer.stand_in(y) if each is None else each
+                y = layer.inverse_(y, each, *context_for(layer, context))
             if self.observer is not None:
                 self.observer.on_reconstructed(layer, y)
         return y
@@ -251,11 +302,32 @@ class InvertibleChain(InvertibleLayer):
     def backward_(
         self, y: Tensor, dy: Tensor, saved: list[Any], grads: Gradients, *context: Tensor
     ) -> tuple[Tensor, Tensor]:
-        for layer, each in zip(reversed(self.layers), reversed(saved), strict=True):
-            y, dy = layer.backward_(y, dy, each, grads, *context_for(layer, context))
+        return self.walk_back_(y, dy, saved, grads, context)
+
+    def walk_back_(
+        self,
+        y: Tensor,
+        dy: Tensor,
+        saved: list[Any],
+        grads: Gradients,
+        context: tuple[Tensor, ...],
+        until: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """(x, dx) of the layer at `until`: the layers from the last to that one are undone."""
+        for index in range(len(self) - 1, until - 1, -1):
+            layer = self.layers[index]
+            with whole_weights(layer, grads):
+                y, dy = layer.backward_(y, dy, saved[index], grads, *context_for(layer, context))
             if self.observer is not None:
                 self.observer.on_reconstructed(layer, y)
         return y, dy
+
+    def first_that_wants(self, grads: Gradients, context: tuple[Tensor, ...]) -> int:
+        """The place of the first layer inside which anybody asks for a gradient: in front of it, nobody does."""
+        for index, layer in enumerate(self.layers):
+            if grads.wanted([*parameters_of(layer), *context_for(layer, context)]):
+                return index
+        return len(self)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The head was called readout once: a network saved then loads as well.
@@ -293,14 +365,17 @@ class _ChainFunction(torch.autograd.Function):
         ctx.as_it_was.check()
         state = saved_state.detach() if ctx.owns_state else saved_state.detach().clone()
         with ctx.as_it_was.restored(), ctx.autocast(), pass_of(ctx.input_dtype, observed=chain.observer is not None):
-            if chain.head is None:
+            if chain._lean_head is None:
                 # dy may be shared with other branches of the caller's graph, or be expanded: a copy to work in.
                 dstate = dy.to(ctx.gradient_dtype, copy=True, memory_format=torch.contiguous_format)
             else:
-                dstate = chain.head.backward_(
+                dstate = chain._lean_head.backward_(
                     state, dy, ctx.saved_by_head, grads, chain.state_format, ctx.gradient_dtype
                 )
-            x, dx = chain.backward_(state, dstate, ctx.saved, grads, *context)
+            # Nobody needs the input of frozen first layers: the walk ends before them, unless somebody watches.
+            ends_early = not ctx.needs_input_grad[0] and chain.observer is None
+            until = chain.first_that_wants(grads, context) if ends_early else 0
+            x, dx = chain.walk_back_(state, dstate, ctx.saved, grads, context, until)
         if not ctx.needs_input_grad[0]:
             dx = None
         elif dx.dtype != ctx.input_dtype:  # x has served its purpose: a narrower gradient fits into its storage
@@ -308,6 +383,16 @@ class _ChainFunction(torch.autograd.Function):
             narrow = x.view(-1).view(ctx.input_dtype)[: dx.numel()].view(dx.shape) if fits else None
             dx = dx.to(ctx.input_dtype) if narrow is None else narrow.copy_(dx)
         return dx, None, None, *grads.values()
+
+
+@contextmanager
+def _place(index: int) -> Iterator[None]:
+    """An error of the block says at which layer it happened, as in layers[1]: or layers[0].layers[1]:"""
+    try:
+        yield
+    except RevtrainError as error:
+        message = str(error)
+        raise RevtrainError(f"layers[{index}]{'.' if message.startswith('layers[') else ': '}{message}") from error
 
 
 @contextmanager

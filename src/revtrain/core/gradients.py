@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -39,10 +40,23 @@ class Gradients:
             return
         # many small terms: a sum in 16 bit would lose them
         own = gradient.to(torch.promote_types(tensor.dtype, torch.float32))
+        if hasattr(own, "full_tensor"):  # a share of it, made for this
+            self._values[id(tensor)] = own
+            return
         others = (each for each in (lent, *self._values.values()) if each is not None)
         if not is_dense(own) or any(shares_memory(own, each) for each in others):
             own = own.clone(memory_format=torch.contiguous_format)
         self._values[id(tensor)] = own
+
+    @contextmanager
+    def standing_for(self, others: Sequence[tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]]) -> Iterator[None]:
+        """Inside, the first of each triple is gathered in the place of the second, which then gets the third of it."""
+        others = [each for each in others if id(each[1]) in self._values]
+        self._values |= {id(inside): None for inside, *_ in others}
+        yield
+        for inside, outside, share in others:
+            gathered = self._values.pop(id(inside))
+            self.add(outside, None if gathered is None else share(gathered))
 
     def values(self) -> list[Tensor | None]:
         """One gradient for each of the tensors, in the order given; None where nothing arrived."""

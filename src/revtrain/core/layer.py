@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ from revtrain.core.recompute import (
     tolerance,
     users_of_memory,
 )
+from revtrain.core.state_format import StateFormat
 from revtrain.errors import RevtrainError
 
 
@@ -51,37 +54,48 @@ class InvertibleLayer(nn.Module):
 
     `piece_bytes` bounds each temporary of the methods in place, in bytes. `is_pointwise`: each value of y depends on
     one of x (and on statistics), so that computing y again costs little. `passes_integers`: the methods in place take
-    states in an integer format, too (see revtrain.core.state_format).
+    states in an integer format, too (see revtrain.core.state_format); `state_format`: the only format that they take,
+    None for any.
     """
 
     piece_bytes: int = 2 * MIB
     is_pointwise: bool = False
     passes_integers: bool = False
+    state_format: StateFormat | None = None
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
         """y of x by ordinary autograd: the noise-free twin (`backward=store`)."""
         raise NotImplementedError
 
     def inverse(self, y: Tensor, saved: Any = None, *context: Tensor) -> Tensor:
-        """x of y; neither y nor `saved` is changed.
+        """x of y; neither y nor `saved` is changed, and no graph is made.
+
+        Without `saved` in evaluation mode; in training mode for layers that need nothing of the forward pass.
 
         Raises:
-            RevtrainError: the layer needs what the forward pass saved, and `saved` is None.
+            RevtrainError: the layer needs what the forward pass saved, and `saved` is None; or y asks for a gradient.
         """
+        refuse_graph(self, y)
         with torch.no_grad():
-            return self.inverse_(y.clone(memory_format=torch.contiguous_format), self.require(saved), *context)
+            own = y.clone(memory_format=torch.contiguous_format)
+            return self.inverse_(own, self.stand_in(own) if saved is None else saved, *context)
 
-    def require(self, saved: Any) -> Any:
-        """`saved`, or what takes its place where a user inverts without it: for layers that can say so."""
-        return saved
+    def stand_in(self, y: Tensor) -> Any:
+        """What takes the place of `saved` where y is inverted without it.
+
+        Raises:
+            RevtrainError: nothing can; says what is missing.
+        """
+        default = type(self).forward_ is InvertibleLayer.forward_
+        return self._fresh_run(y).pure() if default else None
 
     # The lean forms. The defaults serve any layer that has only forward and inverse: `saved` is then its first run.
 
     def forward_(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Any]:
         """(y, saved); updates running statistics as `forward` does."""
-        first = FirstRun(self, x.device)
+        first, shape = self._fresh_run(x), x.shape
         y = first(x.to(read_dtype(x)), *context)
-        first.end()
+        first.end().input_shape = shape
         # The chain will write into y: it must not be a parameter, a side input or an expanded view.
         own = y.detach().to(torch.promote_types(y.dtype, x.dtype))
         others = (*parameters_of(self), *self.buffers(), *context)
@@ -112,6 +126,12 @@ class InvertibleLayer(nn.Module):
         """
         given = sample(y)
         x = self.inverse_(y, saved, *context)
+        shape = getattr(saved, "input_shape", None) or dy.shape
+        if x.shape != shape and isinstance(saved, FirstRun):
+            raise RevtrainError(
+                f"{type(self).__name__}.inverse returned the shape {tuple(x.shape)} where forward was given "
+                f"{tuple(shape)}.\nExpected that inverse undoes forward: revtrain.verify(model, x) tells by how much."
+            )
         if shares_memory(x, dy) or not is_dense(x):
             x = x.clone(memory_format=torch.contiguous_format)
         first = self._first_run(x, saved)
@@ -145,7 +165,12 @@ class InvertibleLayer(nn.Module):
 
     def _first_run(self, x: Tensor, saved: Any) -> FirstRun:
         """What `forward_` of this class has kept; of a subclass that has its own `forward_`, the present state."""
-        return saved if isinstance(saved, FirstRun) else FirstRun(self, x.device).begin_again()
+        return saved if isinstance(saved, FirstRun) else self._fresh_run(x).begin_again()
+
+    def _fresh_run(self, x: Tensor) -> FirstRun:
+        first = FirstRun(self, x.device)
+        first.run = self.forward  # the chain fires the hooks of its layers
+        return first
 
 
 def differentiate_(
@@ -207,6 +232,38 @@ def differentiate_(
 
 
 REFERENCES = 2  # to a local variable: the variable, and sys.getrefcount's argument
+
+
+def refuse_graph(layer: nn.Module, y: Tensor) -> None:
+    """Raise `RevtrainError` where a caller of `inverse` would expect a gradient."""
+    if torch.is_grad_enabled() and y.requires_grad:
+        raise RevtrainError(
+            f"{type(layer).__name__}.inverse was given a tensor that asks for a gradient, and makes no graph.\n"
+            "Call it inside of torch.no_grad(), or on y.detach()."
+        )
+
+
+_for_backward: ContextVar[bool] = ContextVar("for_backward", default=True)
+
+
+@contextmanager
+def without_backward() -> Iterator[None]:
+    """The block runs forward passes after which no backward pass follows."""
+    token = _for_backward.set(False)
+    try:
+        yield
+    finally:
+        _for_backward.reset(token)
+
+
+def is_for_backward() -> bool:
+    """Whether a backward pass may follow the forward pass that is running."""
+    return _for_backward.get()
+
+
+def keeps_graph() -> bool:
+    """Whether the backward pass that is running may be run a second time (`retain_graph=True`)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def takes_context(module: nn.Module) -> bool:

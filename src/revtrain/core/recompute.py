@@ -278,7 +278,8 @@ class FirstRun:
 
     def __init__(self, function: nn.Module, device: torch.device, name: str | None = None):
         self.function, self.name = function, name or type(function).__name__
-        self.writes_its_input = False
+        self.run: Callable[..., Tensor] = function
+        self.writes_its_input = self.must_be_pure = False
         self.modules = list(function.modules())
         self.needs_slow_path = any(isinstance(each, _WITH_FAST_PATH) for each in self.modules)
         with _SWAPPING:
@@ -294,6 +295,7 @@ class FirstRun:
         self._attributes = [dict(vars(each)) for each in self.modules]
         self.generators: Generators | None = Generators(list(devices.values()), held_generators(self.modules))
         self.pieces: list[slice] = []
+        self.input_shape: torch.Size | None = None  # where it is an invertible layer
         self.outputs: list[tuple[torch.Size, torch.dtype]] = []
         self.samples: list[tuple[Sample, Sample] | None] = []
         # those that may have changed, as they were before
@@ -305,7 +307,7 @@ class FirstRun:
         given, version = sample(x), _version(x)
         watching = _watching.get()
         with torch.enable_grad() if watching else nullcontext(), _slow_path(self.needs_slow_path):
-            y = self.function(x, *context)
+            y = self.run(x, *context)
         if not isinstance(y, Tensor):
             raise RevtrainError(
                 f"{self.name} returned a {type(y).__name__}.\nExpected a tensor: wrap it in a module that returns one."
@@ -356,6 +358,11 @@ class FirstRun:
         ]
         self._buffers, self._attributes = [], []
         return self
+
+    def pure(self) -> FirstRun:
+        """For an inverse without a forward pass: a run that draws random numbers or changes a state is refused."""
+        self.must_be_pure = True
+        return self.begin_again()
 
     def _changed_buffers(self) -> Iterator[tuple[nn.Module, str, Any]]:
         for each, name, tensor, version, before in self._buffers:
@@ -494,8 +501,24 @@ class SecondRun:
         return self
 
     def __exit__(self, *error: object) -> None:
+        impure = self.first.must_be_pure and error[0] is None and self._has_changed_something()
         if self._now is not None:
             self._now.restore()
+        if impure:
+            raise RevtrainError(
+                f"{self.first.name} draws random numbers or changes a state, such as statistics, in this mode: its "
+                "inverse needs what the forward pass saved.\nCall eval() first, or hand over the `saved` that forward_ "
+                "returned."
+            )
+
+    def _has_changed_something(self) -> bool:
+        drew = self.first.generators is not None and self.first.generators.have_changed()
+        buffers = zip(self.first.buffers, self._buffers, strict=True)
+        return (
+            drew
+            or any(before is not now and not torch.equal(before, now) for (*_, before), (*_, now) in buffers)
+            or self._attributes != self.first.changed_attributes
+        )
 
     def __call__(self, x: Tensor, *context: Tensor) -> Tensor:
         """function(x, *context), with a graph from x, context and `leaves` where gradients are enabled.
@@ -506,9 +529,10 @@ class SecondRun:
         given = sample(x)
         # An operation in place on a leaf is refused by autograd, and would change what the coupling reads once more.
         own = x.clone() if self.first.writes_its_input else x
-        y = self.within(self.first.function, own, *context)
-        self._compare(given, y)
-        if y.requires_grad and torch.is_grad_enabled():
+        y = self.within(self.first.run, own, *context)
+        if not self.first.must_be_pure:
+            self._compare(given, y)
+        if y.grad_fn is not None and torch.is_grad_enabled():
             self._refuse_foreign_leaves(y, (x, *context))
         self.piece += 1
         return y

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from revtrain.core.chain import InvertibleChain
 from revtrain.core.gradients import Gradients
 from revtrain.core.layer import InvertibleLayer, context_for
+from revtrain.core.layer_list import LayerList
 
 
 @contextmanager
@@ -29,8 +30,8 @@ def without_repeats(model: nn.Module) -> Iterator[None]:
     whole = [chain.layers for chain in outermost]
     for chain in outermost:
         first: dict[Any, _OncePerKind] = {}
-        once = nn.ModuleList(_OncePerKind(layer, first) for layer in chain.layers)
-        chain.layers = cast(Sequence[InvertibleLayer], once)
+        once = [_OncePerKind(layer, first) for layer in chain.layers]
+        chain.layers = cast(Sequence[InvertibleLayer], LayerList(once, chain.state_format))
     try:
         yield
     finally:
@@ -44,6 +45,7 @@ class _OncePerKind(InvertibleLayer):
     def __init__(self, layer: InvertibleLayer, first: dict[Any, _OncePerKind]):
         super().__init__()
         self.layer, self.first = layer, first
+        self.passes_integers = layer.passes_integers
         self.kind = (type(layer), tuple(parameter.shape for parameter in layer.parameters()))
 
     def forward_(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Any]:

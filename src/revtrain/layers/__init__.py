@@ -1,6 +1,6 @@
 """Invertible layers: each has a differentiable `forward` and an analytic `inverse` side by side.
 
-InvertibleBatchNorm2d     Eqs. 14, 23        BN with kept statistics and |gamma| + epsilon_i
+InvertibleBatchNorm       Eqs. 14, 23        BN with kept statistics and |gamma| + epsilon_i
 InvertibleLeakyReLU       Eq. 24             y = n x for x < 0
 AdditiveCoupling          Eqs. 8, 9          y1 = x1 + F(x2), y2 = x2 + G(y1), any F and G
 CouplingConv2d            section 4.1.3      the same with one convolution each: an invertible convolution
@@ -16,6 +16,8 @@ HalfSwap                  -                  (x1, x2) -> (x2, x1)
 ChannelPermutation        -                  a fixed random order of the channels
 InvertibleConv1x1         Glow, 2018         a learned, invertible mixture of the channels
 ActNorm                   Glow, 2018         a scale and a shift a channel that begin by normalising the first batch
+StoredStep                -                  any module, whose input and activations are stored
+CheckpointedStep          -                  any module, whose input is stored
 Head                      (no inverse)       from the last state of a chain to the logits
 
 `synchronise_batch_norms` lets the batch norms of a model use the statistics of several processes.
@@ -25,7 +27,7 @@ Head                      (no inverse)       from the last state of a chain to t
 from revtrain.layers.activation import InvertibleLeakyReLU
 from revtrain.layers.actnorm import ActNorm
 from revtrain.layers.affine import AffineCoupling
-from revtrain.layers.batchnorm import InvertibleBatchNorm2d
+from revtrain.layers.batchnorm import InvertibleBatchNorm, InvertibleBatchNorm2d
 from revtrain.layers.bounded import BoundedConv2d, bounds_weights, constrain_
 from revtrain.layers.conv1x1 import InvertibleConv1x1
 from revtrain.layers.coupling import AdditiveCoupling, CouplingConv2d
@@ -36,6 +38,7 @@ from revtrain.layers.momentum import MomentumCoupling
 from revtrain.layers.permute import ChannelPermutation, HalfSwap
 from revtrain.layers.pooling import BatchPooling, ChannelPooling, check_pooling, merge_sub_images
 from revtrain.layers.prenorm import PreNorm
+from revtrain.layers.step import CheckpointedStep, StoredStep
 from revtrain.layers.sync import SynchronisedBatchNorm2d, synchronise_batch_norms, unsynchronised
 
 ChunkedCoupling = HiddenChunkCoupling  # former names
@@ -50,18 +53,21 @@ __all__ = [
     "BoundedConv2d",
     "ChannelPermutation",
     "ChannelPooling",
+    "CheckpointedStep",
     "ChunkedCoupling",
     "CouplingConv2d",
     "HaarPooling",
     "HalfSwap",
     "Head",
     "HiddenChunkCoupling",
+    "InvertibleBatchNorm",
     "InvertibleBatchNorm2d",
     "InvertibleConv1x1",
     "InvertibleLeakyReLU",
     "MomentumCoupling",
     "PreNorm",
     "Readout",
+    "StoredStep",
     "SynchronisedBatchNorm2d",
     "WideResidual",
     "bounds_weights",

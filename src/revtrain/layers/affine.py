@@ -59,12 +59,15 @@ class AffineCoupling(InvertibleLayer):
 
     def recompute_(self, x: Tensor, saved: FirstRun) -> Tensor:
         x1, x2 = self._parts(x)
-        self._transform_(x1, run_again(self.f, x2, saved))
+        self._transform_(x1, run_again(x2, saved))
         return x
 
-    def inverse_(self, y: Tensor, saved: FirstRun | None) -> Tensor:
+    def stand_in(self, y: Tensor) -> FirstRun:
+        return FirstRun(self.f, y.device, f"f of {type(self).__name__}, a {type(self.f).__name__}").pure()
+
+    def inverse_(self, y: Tensor, saved: FirstRun) -> Tensor:
         y1, y2 = self._parts(y)
-        bounded, shift = self._bounded_and_shift(run_again(self.f, y2, saved), y1)
+        bounded, shift = self._bounded_and_shift(run_again(y2, saved), y1)
         y1.sub_(shift).div_(self._scale(bounded))
         return y
 

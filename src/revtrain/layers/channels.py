@@ -24,13 +24,14 @@ def check_dim(dim: int, layer: nn.Module) -> int:
 
 def part_sizes(channels: Split, layer: nn.Module) -> tuple[int, int]:
     """Sizes of the two parts: halves of an even number, or the pair itself. Raises `RevtrainError`."""
-    sizes = (channels // 2, channels - channels // 2) if isinstance(channels, int) else tuple(channels)
-    if len(sizes) != 2 or min(sizes) < 1 or (isinstance(channels, int) and sizes[0] != sizes[1]):
+    sizes = (channels // 2, channels - channels // 2) if isinstance(channels, int) else channels
+    are_sizes = isinstance(sizes, tuple | list) and len(sizes) == 2 and all(isinstance(each, int) for each in sizes)
+    if not are_sizes or min(sizes) < 1 or (isinstance(channels, int) and sizes[0] != sizes[1]):
         raise RevtrainError(
-            f"{type(layer).__name__}: channels={channels} was given.\n"
+            f"{type(layer).__name__}: channels={channels} was given; {channels} channels cannot be cut in two.\n"
             "Expected an even number, cut into two equal halves, or the sizes of both parts, such as (3, 5)."
         )
-    return sizes
+    return sizes[0], sizes[1]
 
 
 def channel_dim(x: Tensor, dim: int, channels: int, layer: nn.Module) -> int:

@@ -11,6 +11,7 @@ What F and G are decides how the backward pass runs through them:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,13 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from revtrain.core.gradients import Gradients
+from revtrain.core.hooks import has_hooks
 from revtrain.core.layer import InvertibleLayer
 from revtrain.core.names import former_names
 from revtrain.core.precision import read_dtype
-from revtrain.core.recompute import is_rewritten
 from revtrain.core.state_format import PLAIN, StateFormat
 from revtrain.errors import RevtrainError
 from revtrain.layers.bounded import BoundedConv2d
+from revtrain.layers.channels import Split, part_sizes
+from revtrain.layers.per_sample import check_per_sample
 from revtrain.layers.prenorm import PreNorm, PreNormPass
 from revtrain.layers.residual_pass import LayerwisePass, RecomputedPass, ResidualPass, ResidualSum, convolution_format
 
@@ -51,7 +54,7 @@ class AdditiveCoupling(InvertibleLayer):
     @former_names(stream="state_format")
     def __init__(
         self,
-        channels: int | tuple[int, int],
+        channels: Split,
         f: nn.Module,
         g: nn.Module | None = None,
         per_sample: bool = False,
@@ -61,22 +64,25 @@ class AdditiveCoupling(InvertibleLayer):
         dim: int = 1,
     ):
         super().__init__()
-        if isinstance(channels, int) and (channels < 2 or channels % 2):
+        sizes = part_sizes(channels, self)
+        if not math.isfinite(scale):
             raise RevtrainError(
-                f"A coupling of {channels} channels cannot be split into two equal halves.\n"
-                f"Expected an even number: {channels + 1} or {max(2, channels - 1)}, say (see `width`); or two sizes, "
-                f"as in ({max(1, channels - channels // 2)}, {max(1, channels // 2)})."
+                f"{type(self).__name__}: scale={scale} was given.\nExpected a finite number, such as 1.0."
             )
-        sizes = (channels // 2, channels // 2) if isinstance(channels, int) else tuple(channels)
-        if len(sizes) != 2 or min(sizes) < 1:
-            raise RevtrainError(f"channels={channels} was given.\nExpected an even number, or two sizes of at least 1.")
+        for name, function in (("f", f), ("g", g)):
+            if not isinstance(function, nn.Module) and not (name == "g" and function is None):
+                given = function.__name__ if isinstance(function, type) else type(function).__name__
+                raise RevtrainError(
+                    f"{type(self).__name__}: {name} is {'the class' if isinstance(function, type) else 'a'} {given}.\n"
+                    "Expected an nn.Module object: nn.Tanh() rather than nn.Tanh or torch.tanh."
+                )
         if dim == 0:
             raise RevtrainError("dim=0 would split the batch.\nExpected another dimension: 1, or the last for tokens.")
-        self.sizes: tuple[int, int] = (sizes[0], sizes[1])
+        self.sizes = sizes
         self.channels, self.dim, self.per_sample, self.channels_last = sum(sizes), dim, per_sample, channels_last
         self.residual_sum = ResidualSum(scale, state_format)
         self.f, self.g = f, g
-        self.passes_integers = state_format.is_integer
+        self.passes_integers, self.state_format = state_format.is_integer, state_format
         if state_format.bits is not None:
             self.register_buffer("overflows", torch.zeros((), dtype=torch.int64), persistent=False)
 
@@ -97,24 +103,29 @@ class AdditiveCoupling(InvertibleLayer):
 
     def recompute_(self, x: Tensor, saved: Any, *context: Tensor) -> Tensor:
         x1, x2 = self._parts(x)
-        self._pass_through("f", x, context).recompute_(x2, x1, saved[0], 1)
+        self._pass_through("f", x, context, saved[0]).recompute_(x2, x1, saved[0], 1)
         if self.g is not None:
-            self._pass_through("g", x, context).recompute_(x1, x2, saved[1], 1)
+            self._pass_through("g", x, context, saved[1]).recompute_(x1, x2, saved[1], 1)
         return x
+
+    def stand_in(self, y: Tensor) -> Any:
+        y1, y2 = self._parts(y)
+        in_g = None if self.g is None else self._pass_through("g", y).stand_in(y1)
+        return self._pass_through("f", y).stand_in(y2), in_g
 
     def inverse_(self, y: Tensor, saved: Any, *context: Tensor) -> Tensor:
         y1, y2 = self._parts(y)
         if self.g is not None:
-            self._pass_through("g", y, context).recompute_(y1, y2, saved[1], -1)
-        self._pass_through("f", y, context).recompute_(y2, y1, saved[0], -1)
+            self._pass_through("g", y, context, saved[1]).recompute_(y1, y2, saved[1], -1)
+        self._pass_through("f", y, context, saved[0]).recompute_(y2, y1, saved[0], -1)
         return y
 
     def backward_(self, y: Tensor, dy: Tensor, saved: Any, grads: Gradients, *context: Tensor) -> tuple[Tensor, Tensor]:
         (y1, y2), (dy1, dy2) = self._parts(y), self._parts(dy)
         if self.g is not None:  # y2 becomes x2; dy1 is complete
-            self._pass_through("g", y, context).undo_(y1, y2, dy1, dy2, saved[1], grads)
+            self._pass_through("g", y, context, saved[1]).undo_(y1, y2, dy1, dy2, saved[1], grads)
         # y1 becomes x1; dy2 is complete
-        self._pass_through("f", y, context).undo_(y2, y1, dy2, dy1, saved[0], grads)
+        self._pass_through("f", y, context, saved[0]).undo_(y2, y1, dy2, dy1, saved[0], grads)
         return y, dy
 
     def _added(self, which: str, target: Tensor, source: Tensor, context: tuple[Tensor, ...]) -> Tensor:
@@ -133,8 +144,8 @@ class AdditiveCoupling(InvertibleLayer):
         dim, (first, second) = self.dim, self.sizes
         if x.dim() < 2 or not -x.dim() <= dim < x.dim() or x.shape[dim] != first + second:
             raise RevtrainError(
-                f"{type(self).__name__}: an input of shape {tuple(x.shape)} was given; expected {first + second} along "
-                f"dimension {dim}, which is split into {first} and {second}.\n"
+                f"{type(self).__name__}: an input of shape {tuple(x.shape)} was given; expected {first + second} "
+                f"channels along dimension {dim}, which is split into {first} and {second}.\n"
                 "Give `channels` what the input has there, and `dim` the dimension: 2 or -1 for tokens (B, T, C)."
             )
         return x.narrow(dim, 0, first), x.narrow(dim, first, second)
@@ -142,16 +153,26 @@ class AdditiveCoupling(InvertibleLayer):
     def _memory_format(self, x: Tensor) -> torch.memory_format:
         return convolution_format(x) if self.channels_last else torch.contiguous_format
 
-    def _pass_through(self, which: str, x: Tensor, context: tuple[Tensor, ...] = ()) -> ResidualPass:
-        """The way through `f` or `g`."""
+    def _pass_through(self, which: str, x: Tensor, context: tuple[Tensor, ...] = (), saved: Any = None) -> ResidualPass:
+        """The way through `f` or `g`; on the way back that on which `saved` was kept."""
         function, overflows = getattr(self, which), getattr(self, "overflows", None)
         common = (function, self.residual_sum, self.piece_bytes, overflows, self._memory_format(x))
         name = f"{which} of {type(self).__name__}, a {type(function).__name__}"
-        if isinstance(function, PreNorm) and not is_rewritten(function.norm, "weight", "bias"):
-            return PreNormPass(*common, name=name, context=context)
         if isinstance(function, InvertibleLayer):
             return LayerwisePass(*common, name=name, context=context)
-        return RecomputedPass(*common, name=name, context=context, per_sample=self.per_sample)
+        if isinstance(saved, tuple):
+            return PreNormPass(*common, name=name, context=context)
+        per_sample = self.per_sample
+        if per_sample:
+            check_per_sample(function, name)
+        elif isinstance(function, PreNorm):
+            check_per_sample(function.body, name)
+            if saved is None and function.runs_in_pieces():
+                return PreNormPass(*common, name=name, context=context)
+            per_sample = function.is_per_sample()
+        # a hook sees each forward pass once, with the whole batch
+        per_sample = per_sample and not any(map(has_hooks, function.modules()))
+        return RecomputedPass(*common, name=name, context=context, per_sample=per_sample)
 
 
 class CouplingConv2d(AdditiveCoupling):

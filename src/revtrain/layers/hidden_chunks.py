@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revtrain.core.gradients import Gradients
+from revtrain.core.hooks import has_hooks
 from revtrain.core.names import former_names
 from revtrain.core.pieces import batch_pieces, join, rounds
 from revtrain.core.precision import autocast_dtype
@@ -32,7 +33,13 @@ from revtrain.errors import RevtrainError
 from revtrain.layers.batchnorm import channel_mean
 from revtrain.layers.collective import all_sum, processes
 from revtrain.layers.coupling import AdditiveCoupling
-from revtrain.layers.norm_pieces import count_batch, running_statistics, update_running_statistics
+from revtrain.layers.norm_pieces import (
+    count_batch,
+    running_statistics,
+    runs_over_pieces,
+    stand_in_statistics,
+    update_running_statistics,
+)
 from revtrain.layers.residual_pass import ResidualPass, ResidualSum
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -114,15 +121,22 @@ class HiddenChunkCoupling(AdditiveCoupling):
         super().__init__(channels, f, g, scale=scale, state_format=state_format)
         self.hidden_chunk = hidden_chunk
 
-    def _pass_through(self, which: str, x: Tensor, context: tuple[Tensor, ...] = ()) -> ResidualPass:
+    def _pass_through(self, which: str, x: Tensor, context: tuple[Tensor, ...] = (), saved: Any = None) -> ResidualPass:
         function = getattr(self, which)
-        norm, convolutions = function.norm, (function.conv1, function.conv2)
-        if is_rewritten(norm, "weight", "bias") or any(is_rewritten(conv, "weight") for conv in convolutions):
-            return super()._pass_through(which, x, context)  # these weights exist only where their modules are called
+        if not (_runs_in_chunks(function) if saved is None else isinstance(saved, _Statistics)):
+            return super()._pass_through(which, x, context, saved)
         overflows = getattr(self, "overflows", None)
         return _HiddenChunksPass(
             cast(WideResidual, function), self.residual_sum, self.hidden_chunk, self.piece_bytes, overflows
         )
+
+
+def _runs_in_chunks(function: nn.Module) -> bool:
+    """Whether nothing is attached to a `WideResidual` or its parts, so that its weights say all."""
+    parts = [part for part in function.modules() if not isinstance(part, nn.BatchNorm2d)]
+    usual = type(function) is WideResidual and "forward" not in vars(function) and runs_over_pieces(function.norm)
+    rewritten = is_rewritten(function.norm, "weight", "bias") or any(is_rewritten(part, "weight") for part in parts)
+    return usual and not rewritten and not any(has_hooks(part) for part in parts)
 
 
 class _Statistics(NamedTuple):
@@ -154,10 +168,11 @@ class _HiddenChunksPass(ResidualPass):
     def add_(self, source: Tensor, target: Tensor) -> _Statistics:
         norm = self.function.norm
         if not norm.training:
-            mean, variance, _ = running_statistics(norm)
+            mean, variance = running_statistics(norm)
             saved = _Statistics(_per_channel(mean.clone()), _per_channel((variance + norm.eps).rsqrt()), False)
             self.recompute_(source, target, saved, sign=1)
             return saved
+        count_batch(norm)
         means, inverse_deviations = [], []
         for k in rounds(self.chunks):
             z = self._hidden(source, k)
@@ -167,12 +182,16 @@ class _HiddenChunksPass(ResidualPass):
             self._add_output(z, target, k, statistics, 1, self.overflows)
             means.append(mean)
             inverse_deviations.append(statistics.inverse_deviation)
-        count_batch(norm)
         return _Statistics(join(means, self.hidden, 1), join(inverse_deviations, self.hidden, 1), True)
 
     def recompute_(self, source: Tensor, target: Tensor, saved: _Statistics, sign: int) -> None:
         for k in rounds(self.chunks):
             self._add_output(self._hidden(source, k), target, k, _of(saved, k), sign)
+
+    def stand_in(self, source: Tensor) -> _Statistics:
+        norm = self.function.norm
+        mean, variance, _ = stand_in_statistics(norm, self.name)
+        return _Statistics(_per_channel(mean), _per_channel((variance + norm.eps).rsqrt()), False)
 
     def undo_(self, source, target, dsource, dtarget, saved, grads: Gradients) -> None:
         gamma, dgamma = self.function.norm.weight, torch.empty_like(self.function.norm.weight)

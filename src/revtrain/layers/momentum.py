@@ -64,13 +64,16 @@ class MomentumCoupling(InvertibleLayer):
 
     def recompute_(self, x: Tensor, saved: FirstRun) -> Tensor:
         position, velocity = self._parts(x)
-        self._move_(position, velocity, run_again(self.f, position, saved))
+        self._move_(position, velocity, run_again(position, saved))
         return x
 
-    def inverse_(self, y: Tensor, saved: FirstRun | None) -> Tensor:
+    def stand_in(self, y: Tensor) -> FirstRun:
+        return FirstRun(self.f, y.device, f"f of {type(self).__name__}, a {type(self.f).__name__}").pure()
+
+    def inverse_(self, y: Tensor, saved: FirstRun) -> Tensor:
         position, velocity = self._parts(y)
         position.sub_(velocity)
-        self._slow_down_(velocity, run_again(self.f, position, saved))
+        self._slow_down_(velocity, run_again(position, saved))
         return y
 
     def backward_(self, y: Tensor, dy: Tensor, saved: FirstRun, grads: Gradients) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""torch's BatchNorm2d over pieces of the batch, forward and backward: no tensor of its input's size is made."""
+"""torch's batch norms over pieces of the batch, forward and backward: no tensor of the size of the input is made."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from revtrain.core.gradients import Gradients
+from revtrain.core.hooks import has_hooks
 from revtrain.core.pieces import batch_pieces
 from revtrain.errors import RevtrainError
-from revtrain.layers.batchnorm import statistics_dtype
+from revtrain.layers.batchnorm import all_but_channels, per_channel, statistics_dtype
 from revtrain.layers.collective import all_sum, processes
 
 
@@ -38,7 +40,7 @@ class NormOverPieces:
     Args:
         norm: the module with weights and running statistics; its `group`, if it has one, are the processes that
             share the batch.
-        source: (B, C, H, W), a state or a part of one.
+        source: (B, C, ...), a state or a part of one.
         read: a part of the source -> its values in floating point; not written to.
         pieces: slices over the batch.
         statistics: of the first pass; None: this is the first pass, which updates the running statistics.
@@ -71,17 +73,19 @@ class NormOverPieces:
             x = self.read(self.source[sl])
             if self.memory_format is torch.channels_last:  # a copy, then one pass: faster than a pass over both formats
                 x = x.clone(memory_format=self.memory_format)
-                return torch.addcmul(_per_channel(shift), x, _per_channel(scale), out=x)
-            return torch.addcmul(_per_channel(shift), x, _per_channel(scale))
+                return torch.addcmul(self._per_channel(shift), x, self._per_channel(scale), out=x)
+            return torch.addcmul(self._per_channel(shift), x, self._per_channel(scale))
 
     def add_gradient_(self, dx: Tensor, du: Tensor, sl: slice) -> None:
         """The first part of the gradient of a piece: dx[sl] += gain du."""
         du = du.contiguous()
-        sums = du.sum((0, 2, 3), dtype=self.statistics.mean.dtype)
-        sums_x = (self.read(self.source[sl]) - _per_channel(self.statistics.mean)).mul_(du).sum((0, 2, 3))
+        sums = du.sum(all_but_channels(du), dtype=self.statistics.mean.dtype)
+        sums_x = (
+            (self.read(self.source[sl]) - self._per_channel(self.statistics.mean)).mul_(du).sum(all_but_channels(du))
+        )
         self._sum_du = sums if self._sum_du is None else self._sum_du + sums
         self._sum_du_x = sums_x if self._sum_du_x is None else self._sum_du_x + sums_x
-        add_product_(dx[sl], du, _per_channel(self._gain()))
+        add_product_(dx[sl], du, self._per_channel(self._gain()))
 
     def finish_(self, dx: Tensor, grads: Gradients) -> None:
         """The second part, for all pieces; the gradients of gamma and beta."""
@@ -93,10 +97,13 @@ class NormOverPieces:
             slope = self._gain() * sum_du_x / (self.count * variance)
             shift = self._gain() * sum_du / self.count - slope * mean
             for sl in self.pieces:
-                add_product_(dx[sl], self.read(self.source[sl]), _per_channel(-slope))
-                dx[sl].sub_(_per_channel(shift))
+                add_product_(dx[sl], self.read(self.source[sl]), self._per_channel(-slope))
+                dx[sl].sub_(self._per_channel(shift))
         grads.add(self.norm.bias, self._sum_du)
         grads.add(self.norm.weight, self._sum_du_x * variance.rsqrt())
+
+    def _per_channel(self, values: Tensor) -> Tensor:
+        return per_channel(values, self.source)
 
     def _gain(self) -> Tensor:
         return self.norm.weight.detach() * (self.statistics.variance + self.norm.eps).rsqrt()
@@ -105,10 +112,11 @@ class NormOverPieces:
         """Of the whole batch, in two passes, in float32 or better."""
         norm = self.norm
         if not norm.training:
-            running_mean, running_variance, _ = running_statistics(norm)
+            running_mean, running_variance = running_statistics(norm)
             return Statistics(running_mean.clone(), running_variance.clone(), False)
+        others = all_but_channels(self.source)
         mean = _add_up([_sum(self.read(self.source[sl])) for sl in self.pieces], self.group) / self.count
-        squares = [(self.read(self.source[sl]) - _per_channel(mean)).square_().sum((0, 2, 3)) for sl in self.pieces]
+        squares = [(self.read(self.source[sl]) - self._per_channel(mean)).square_().sum(others) for sl in self.pieces]
         variance = _add_up(squares, self.group) / self.count
         if not norm.track_running_stats:  # a recomputation
             return Statistics(mean, variance, True)
@@ -117,17 +125,40 @@ class NormOverPieces:
         return Statistics(mean, variance, True)
 
 
-def running_statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, float]:
-    """(mean, variance, momentum): (C,), (C,) and the share of a new batch.
+def runs_over_pieces(norm: nn.Module) -> bool:
+    """Whether `NormOverPieces` computes what norm(x) does: torch's batch norms with weights and statistics.
 
-    Raises `RevtrainError` where `norm` keeps none, or keeps plain means over all batches.
+    Not of another class, with hooks, or with weights that are made of others.
     """
-    if norm.running_mean is None or norm.running_var is None or norm.momentum is None:
+    of_torch = isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
+    usual = of_torch and (type(norm).forward is _BatchNorm.forward or getattr(norm, "is_over_pieces", False))
+    return (
+        usual
+        and "forward" not in vars(norm)
+        and not has_hooks(norm)
+        and "parametrizations" not in norm._modules
+        and None not in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    )
+
+
+def running_statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """(mean, variance), (C,) each. Raises `RevtrainError` where `norm` keeps none."""
+    if norm.running_mean is None or norm.running_var is None:
         raise RevtrainError(
-            f"{norm} was given where running statistics are needed.\n"
-            "Expected a BatchNorm2d with track_running_stats=True and a momentum."
+            f"{norm} was given where running statistics are needed.\nExpected one with track_running_stats=True."
         )
-    return norm.running_mean, norm.running_var, norm.momentum
+    return norm.running_mean, norm.running_var
+
+
+def stand_in_statistics(norm: nn.BatchNorm2d, name: str) -> Statistics:
+    """The running statistics, for an inverse without a forward pass. Raises `RevtrainError` in training mode."""
+    if norm.training:
+        raise RevtrainError(
+            f"{name}: its {type(norm).__name__} is in training mode, and the inverse needs the statistics of the "
+            "forward pass.\nCall eval() to use the running statistics, or hand over the `saved` that forward_ returned."
+        )
+    mean, variance = running_statistics(norm)
+    return Statistics(mean.clone(), variance.clone(), False)
 
 
 @torch.no_grad()
@@ -136,12 +167,16 @@ def update_running_statistics(
 ) -> None:
     """Take a batch of `count` values a channel into the running statistics of some `channels`, as torch does.
 
-    `mean` and `variance` (biased; torch keeps the unbiased one) are of these channels, (k,) each.
+    `mean` and `variance` (biased; torch keeps the unbiased one) are of these channels, (k,) each. `count_batch` comes
+    first: without a momentum, the statistics are means over all batches so far.
     """
-    running_mean, running_variance, momentum = running_statistics(norm)
+    running_mean, running_variance = running_statistics(norm)
     unbiased = variance * (count / max(1, count - 1))
+    share: Tensor | float = 0.0 if norm.momentum is None else norm.momentum
+    if norm.momentum is None and norm.num_batches_tracked is not None:
+        share = norm.num_batches_tracked.to(running_mean.dtype).reciprocal()
     for running, new in ((running_mean, mean), (running_variance, unbiased)):
-        running[channels].lerp_(new.to(running.dtype), momentum)
+        running[channels].lerp_(new.to(running.dtype), share)
 
 
 @torch.no_grad()
@@ -196,8 +231,8 @@ class _Normalise(torch.autograd.Function):
             sum_du, sum_du_xhat = all_sum(torch.stack([dbias, dweight]), ctx.group)
             slope = weight * inverse_deviation.square() * sum_du_xhat / count
             shift = weight * inverse_deviation * sum_du / count - slope * mean
-            add_product_(dx, x, _per_channel(-slope))
-            dx.sub_(_per_channel(shift))
+            add_product_(dx, x, per_channel(-slope, dx))
+            dx.sub_(per_channel(shift, dx))
         return dx, dweight, dbias, None, None
 
 
@@ -209,12 +244,8 @@ def add_product_(target: Tensor, values: Tensor, factor: Tensor) -> None:
         target.add_(values * factor)
 
 
-def _per_channel(values: Tensor) -> Tensor:
-    return values.view(1, -1, 1, 1)
-
-
 def _sum(x: Tensor) -> Tensor:
-    return x.sum((0, 2, 3), dtype=statistics_dtype(x))
+    return x.sum(all_but_channels(x), dtype=statistics_dtype(x))
 
 
 def _add_up(parts: list[Tensor], group: Any) -> Tensor:

@@ -14,7 +14,6 @@ from revtrain.core.gradients import Gradients
 from revtrain.core.layer import differentiate_
 from revtrain.core.precision import read_dtype
 from revtrain.core.recompute import FirstRun, SecondRun, parameters_of
-from revtrain.errors import RevtrainError
 
 
 def own_copy(x: Tensor) -> Tensor:
@@ -29,24 +28,10 @@ def run(function: nn.Module, x: Tensor) -> tuple[Tensor, FirstRun]:
     return result, first.end()
 
 
-def run_again(function: nn.Module, x: Tensor, first: FirstRun | None) -> Tensor:
-    """function(x) once more; running statistics and random numbers stay as they are.
-
-    Without `first`, for a function that draws no random numbers. Raises `RevtrainError` where it does.
-    """
-    if first is not None:
-        with SecondRun(first) as again:
-            return again(own_copy(x))
-    fresh = FirstRun(function, x.device).begin_again()
-    with SecondRun(fresh) as again:
-        result = again.within(function, own_copy(x))
-        drew = fresh.generators is not None and fresh.generators.have_changed()
-    if drew:
-        raise RevtrainError(
-            f"The inverse of f, a {type(function).__name__}, needs the random numbers of the forward pass.\n"
-            "Call eval() first, or hand over the `saved` that forward_ returned."
-        )
-    return result
+def run_again(x: Tensor, first: FirstRun) -> Tensor:
+    """function(x) once more; running statistics and random numbers stay as they are."""
+    with SecondRun(first) as again:
+        return again(own_copy(x))
 
 
 def run_backward(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from revtrain.core.chain import InvertibleChain
 from revtrain.core.gradients import Gradients
+from revtrain.core.hooks import forward_
 from revtrain.core.layer import InvertibleLayer, context_for, differentiate_
 from revtrain.core.pieces import batch_pieces
 from revtrain.core.precision import autocast_dtype, read_dtype
@@ -89,6 +90,10 @@ class ResidualPass:
         """target += sign s function(source), once more."""
         raise NotImplementedError
 
+    def stand_in(self, source: Tensor) -> Any:
+        """What takes the place of `saved` where nothing was; raises `RevtrainError` where nothing can."""
+        return FirstRun(self.function, source.device, self.name).pure()
+
     def undo_(
         self,
         source: Tensor,
@@ -158,7 +163,7 @@ class LayerwisePass(ResidualPass):
     function: InvertibleLayer
 
     def add_(self, source: Tensor, target: Tensor) -> Any:
-        residual, saved = self.function.forward_(self.read(source), *self.context)
+        residual, saved = forward_(self.function, self.read(source), self.context, Tensor.clone)
         self.fits(residual, target)
         self.residual_sum.add_(target, residual, 1, self.piece_bytes, self.overflows)
         return saved
@@ -167,6 +172,9 @@ class LayerwisePass(ResidualPass):
         self.residual_sum.add_(
             target, self.function.recompute_(self.read(source), saved, *self.context), sign, self.piece_bytes
         )
+
+    def stand_in(self, source: Tensor) -> Any:
+        return self.function.stand_in(source)
 
     def undo_(self, source, target, dsource, dtarget, saved, grads):
         layers = [(self.function, saved)]

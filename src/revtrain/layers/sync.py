@@ -25,6 +25,7 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
     Same parameters, buffers and state_dict. Forward and backward pass cost one and two collectives of 2 C numbers.
     """
 
+    is_over_pieces = True  # its forward is that of `NormOverPieces`
     piece_bytes: int = 2 * MIB
 
     def __init__(self, norm: nn.BatchNorm2d, group: Any):
@@ -51,7 +52,8 @@ def synchronise_batch_norms(model: nn.Module, group: Any) -> None:
         if isinstance(module, InvertibleBatchNorm2d):
             module.group = group
         for name, child in module.named_children():
-            if isinstance(child, SynchronisedBatchNorm2d) or not isinstance(child, _BatchNorm):
+            done = isinstance(child, SynchronisedBatchNorm2d | InvertibleBatchNorm2d)
+            if done or not isinstance(child, _BatchNorm):
                 continue
             usual = child.affine and child.track_running_stats and child.momentum is not None
             if type(child) is not nn.BatchNorm2d or not usual:

@@ -104,9 +104,9 @@ class Verification:
             lines.append(f"{f'{path} {kind}':{width}}  {_digits(rebuilt):>13}  {_digits(gradient):>9}")
         if len(rows) > len(shown):
             lines.append(f"... and {len(rows) - len(shown)} layers with smaller ones")
-        rest = [error for name, error in self.gradients.items() if not any(_is_in(name, path) for path in self.kinds)]
-        if rest:
-            lines.append(f"{'all else, inputs':{width}}  {'':>13}  {_digits(max(rest)):>9}")
+        elsewhere = [e for name, e in self.gradients.items() if not any(_is_in(name, path) for path in self.kinds)]
+        if elsewhere:
+            lines.append(f"{'all else, inputs':{width}}  {'':>13}  {_digits(max(elsewhere)):>9}")
         lines += ["", f"{'':7}{'store':>11}{'invert':>11}"]
         lines.append(f"{'time':7}{_milliseconds(self.store):>11}{_milliseconds(self.invert):>11}")
         lines.append(f"{'memory':7}{_mib(self.store):>11}{_mib(self.invert):>11}")
@@ -143,7 +143,7 @@ def verify(
             "Expected a model that has at least one: there is nothing to compare."
         )
     if any(is_lazy(each) for each in [*model.parameters(), *model.buffers()]):
-        with torch.no_grad():
+        with torch.no_grad(), _backward_mode(chains, "store"):
             model(*inputs)
     if tolerance is None:
         tolerance = max((TOLERANCES.get(dtype, 1e-6) for dtype in _dtypes(model, inputs)), default=1e-6)
@@ -194,7 +194,7 @@ class _Comparison:
     ):
         self.model, self.chains, self.inputs, self.loss, self.report = model, chains, inputs, loss, report
         self.modules = dict(model.named_modules())
-        self.layers = {
+        self.layers: dict[nn.Module, str] = {
             layer: f"{path}.layers.{index}".lstrip(".")
             for path, chain in chains.items()
             for index, layer in enumerate(chain.layers)
@@ -409,8 +409,9 @@ class _Comparison:
                 continue
             module = self.modules.get(path.rpartition(".")[0])
             name = type(module).__name__
-            if hasattr(module, "running_mean") and all(isinstance(each, Tensor) for each in (before, true, ours)):
-                moved, truly = _distance(ours, before), _distance(true, before)
+            changed = [each for each in (before, true, ours) if isinstance(each, Tensor)]
+            if hasattr(module, "running_mean") and len(changed) == 3:
+                truly, moved = (_distance(each, changed[0]) for each in changed[1:])
                 far = f"{moved / truly:.3g} times as far as in store" if truly else "and does not in store"
                 self._find("statistics", path, f"{name}: it moves {far}; a norm is updated once a step")
             else:
@@ -441,15 +442,17 @@ class _Watcher:
         self.to_come: dict[str, list[Tensor]] = {}
 
     def on_input(self, layer: nn.Module, x: Tensor) -> None:
-        path = self.layers[layer]
+        path = self.layers.get(layer)
+        if path is None:  # of a replica
+            return
         self.to_come.setdefault(path, []).append(x.detach().clone())
         chain = self.chains[_chain_of(path).removesuffix("layers").rstrip(".")]
         floating = x.detach().clone() if x.is_floating_point() else chain.state_format.decode(x)
         self.run.entered.setdefault(path, []).append(floating)
 
     def on_reconstructed(self, layer: nn.Module, x: Tensor) -> None:
-        path = self.layers[layer]
-        if self.to_come.get(path):
+        path = self.layers.get(layer)
+        if path is not None and self.to_come.get(path):
             self.run.rebuilt.append((path, _error(x.detach(), self.to_come[path].pop())))
 
     @contextmanager
@@ -488,7 +491,7 @@ class _Snapshot:
 
     def __init__(self, model: nn.Module, devices: list[torch.device]):
         self.modules = dict(model.named_modules())
-        held = [vars(module) for module in self.modules.values()]
+        held = [module.__dict__ for module in self.modules.values()]
         self.tables = [(each[name], dict(each[name])) for each in held for name in self.TABLES]
         self.attributes = [(each, {k: v for k, v in each.items() if k not in self.TABLES}) for each in held]
         self.values = [(each, each.detach().clone()) for each in (*model.parameters(), *model.buffers())]

@@ -9,7 +9,7 @@ store    The same layers under ordinary autograd, which keeps their activations:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, cast
@@ -120,7 +120,7 @@ class InvertibleChain(InvertibleLayer):
             for layer in self.layers:
                 x = layer(x, *context_for(layer, context))
             return x if self.head is None else self.head(x)
-        return (_uncompiled if torch.compiler.is_compiling() else InvertibleChain._invert)(self, x, *context)
+        return _without_compiler()(self, x, *context)
 
     def _invert(self, x: Tensor, *context: Tensor) -> Tensor:
         tensors = [*context, *parameters_of(self)]
@@ -200,8 +200,12 @@ class InvertibleChain(InvertibleLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-# torch.compile leaves a chain alone as a whole: one break of the graph. torch.compiler.disable does the same, but would
-# import the compiler here and now.
+def _without_compiler() -> Callable[..., Tensor]:
+    """`InvertibleChain._invert`, which torch.compile leaves alone as a whole: one break of the graph a chain."""
+    return _uncompiled if torch.compiler.is_compiling() else InvertibleChain._invert
+
+
+# As torch.compiler.disable, which would import the compiler here and now.
 _uncompiled = torch._disable_dynamo(InvertibleChain._invert)
 
 

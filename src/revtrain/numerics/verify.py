@@ -215,9 +215,9 @@ class _Comparison:
             self.report.store = self._again("store", store)
             self.report.invert = self._again("invert", invert)
             if store.error is None and invert.error is None:
-                self._results(store, invert)
-                self._rebuilt(invert)
-                self._gradients(store, invert)
+                if self._results(store, invert):
+                    self._rebuilt(invert)
+                    self._gradients(store, invert)
                 self._state(store, invert)
         finally:
             self.before.restore()
@@ -336,14 +336,17 @@ class _Comparison:
                 "in a closure, a clock, a file, a list that grows.",
             )
 
-    def _results(self, store: _Run, invert: _Run) -> None:
-        """Both modes compute the same function; if not, where they part."""
+    def _results(self, store: _Run, invert: _Run) -> bool:
+        """Both modes compute the same function; if not, where they part. False: there is nothing to compare further."""
+        comparable = True
         for index, (ours, true) in enumerate(zip(invert.results, store.results, strict=False)):
             which = "the result" if len(store.results) == 1 else f"tensor {index} of the result"
             if not _is_finite(true) and not _is_finite(ours):
                 self._find("numbers", "", f"{which} is not finite in store either: nothing can be compared")
+                comparable = False
             elif not self._close(error := _error(ours, true)):
                 self._find("output", self._parting(store, invert), f"{which} differs from store's by {error:.1e}")
+        return comparable
 
     def _parting(self, store: _Run, invert: _Run) -> str:
         """The layer after which the two modes differ, as far as the inputs of layers tell."""

@@ -314,7 +314,7 @@ def commands_of(page: Path) -> Iterator[tuple[list[str], bool]]:
                     yield words, True
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     for span in re.findall(r"`([^`]+)`", prose):
-        if re.match(r"(\w+=\S+ )?(revtrain\S* |python scripts|pytest |torchrun )", span) and "..." not in span:
+        if re.match(r"(\w+=\S+ )?(revtrain(?!\.)\S* |python scripts|pytest |torchrun )", span) and "..." not in span:
             yield shlex.split(span), False
 
 

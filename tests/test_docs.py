@@ -89,7 +89,7 @@ def test_a_chain_trains_inside_of_torchvisions_model(library_page):
         assert all(p.grad.any() for p in getattr(library_page["model"], stage).parameters() if p.dim() > 1), stage
 
 
-@pytest.mark.parametrize("name", ["vit", "volumes", "unet"])
+@pytest.mark.parametrize("name", ["vit", "volumes", "unet", "network"])
 def test_the_examples_of_the_library_page_train(library_page, name):
     losses = library_page[f"{name}_losses"]
     assert losses[-1] < 0.8 * losses[0], losses

@@ -33,6 +33,7 @@ from revtrain.config import all_keys, read
 from revtrain.core.chain import InvertibleChain
 from revtrain.errors import RevtrainError
 from revtrain.models import architectures
+from revtrain.numerics.verify import verify
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -76,12 +77,98 @@ def test_the_layers_of_the_readme_train_in_a_model_of_ones_own():
     assert sum(bool(each.any()) for each in gradients) > len(gradients) / 2
 
 
-def test_a_chain_trains_inside_of_torchvisions_model():
-    (block,) = python_blocks("docs/library.md")
-    ran = run(block, "docs/library.md")
-    assert ran["losses"][-1] < 0.8 * ran["losses"][0]
+@pytest.fixture(scope="module")
+def library_page() -> dict:
+    """What the examples of docs/library.md have left, run from top to bottom."""
+    torch.manual_seed(0)
+    return run("\n".join(python_blocks("docs/library.md")), "docs/library.md")
+
+
+def test_a_chain_trains_inside_of_torchvisions_model(library_page):
+    assert library_page["losses"][-1] < 0.8 * library_page["losses"][0]
     for stage in ("layer1", "layer2", "layer3"):
-        assert all(p.grad.any() for p in getattr(ran["model"], stage).parameters() if p.dim() > 1), stage
+        assert all(p.grad.any() for p in getattr(library_page["model"], stage).parameters() if p.dim() > 1), stage
+
+
+@pytest.mark.parametrize("name", ["vit", "volumes", "unet", "network"])
+def test_the_examples_of_the_library_page_train(library_page, name):
+    losses = library_page[f"{name}_losses"]
+    assert losses[-1] < 0.8 * losses[0], losses
+    assert all(p.grad.any() for p in library_page[name].parameters() if p.dim() > 1)
+
+
+# name -> (a model of this depth, its inputs): of the examples of docs/library.md
+EXAMPLES = {
+    "ReversibleViT": (lambda kind, depth: kind(dim=16, depth=depth), (3, 32, 32)),
+    "Volumes": (lambda kind, depth: kind(blocks=depth), (1, 16, 16, 16)),
+    "UNet": (lambda kind, depth: kind(widths=(8, 16), blocks=depth), (3, 16, 16)),
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_models_of_the_library_page_are_sound_and_short(library_page, name):
+    make, shape = EXAMPLES[name]
+    report = verify(make(library_page[name], 2).double(), torch.randn(4, *shape, dtype=torch.float64))
+    assert report and max(report.layers.values()) < 1e-10, report
+    (block,) = (each for each in python_blocks("docs/library.md") if f"class {name}(" in each)
+    assert len(block.splitlines()) < 60
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_models_of_the_library_page_need_no_more_activation_memory_with_depth(library_page, name):
+    make, shape = EXAMPLES[name]
+    activations = {}
+    for depth in (2, 8):
+        model = make(library_page[name], depth)
+        gradients = sum(p.numel() * p.element_size() for p in model.parameters())
+        report = verify(model, torch.randn(8, *shape))
+        activations[depth] = report.store.peak_bytes - gradients, report.invert.peak_bytes - gradients
+    assert activations[8][1] < 1.1 * activations[2][1], activations
+    assert activations[8][0] > 1.5 * activations[2][0], activations
+    assert activations[8][1] < 0.5 * activations[8][0], activations
+
+
+def diffs(name: str) -> dict[str, tuple[str, str]]:
+    """Heading -> (before, after): the two sides of the first ```diff block below it."""
+    found = re.findall(
+        r"^### (.+?)\n(?:(?!^###).)*?^```diff\n(.*?)^```", (ROOT / name).read_text(), re.DOTALL | re.MULTILINE
+    )
+    sides = {}
+    for heading, block in found:
+        lines = block.splitlines(keepends=True)
+        sides[heading] = tuple("".join(line[1:] for line in lines if line[0] in (" ", sign)) for sign in "-+")
+    return sides
+
+
+@pytest.mark.parametrize("library", ["MemCNN", "RevTorch", "revlib", "torch.utils.checkpoint"])
+def test_the_lines_to_change_for_who_comes_from_another_library(library):
+    """Both sides are run, where the library is installed, and compute the same; at most five lines differ."""
+    before, after = diffs("docs/library.md")[library]
+    assert sum(line not in before for line in after.splitlines()) <= 5
+    checkpointed = library == "torch.utils.checkpoint"
+
+    def result(code: str, channels: int) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        functions = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.GELU()) for _ in range(6)
+        )
+        x = torch.randn(2, 8, 6, 6)
+        given = {
+            "nn": nn,
+            "channels": 8,
+            "pairs": list(zip(functions[::2], functions[1::2], strict=True)),
+            "x": x.clone(),
+        }
+        exec(compile(code, f"{library} in docs/library.md", "exec"), given)
+        given["y"].square().mean().backward()
+        return [given["y"].detach(), *(p.grad for p in functions.parameters())]
+
+    ours = result(after, 4)
+    assert all(each is not None and each.any() for each in ours)
+    if checkpointed or importlib.util.find_spec(library.lower()):
+        theirs = result(before, 8 if checkpointed else 4)
+        if not checkpointed:  # which is another network
+            torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-6)
 
 
 def test_the_architecture_and_the_data_set_of_contributing_train_beside_the_package(tmp_path):
@@ -228,7 +315,7 @@ def commands_of(page: Path) -> Iterator[tuple[list[str], bool]]:
                     yield words, True
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     for span in re.findall(r"`([^`]+)`", prose):
-        if re.match(r"(\w+=\S+ )?(revtrain\S* |python scripts|pytest |torchrun )", span) and "..." not in span:
+        if re.match(r"(\w+=\S+ )?(revtrain(?!\.)\S* |python scripts|pytest |torchrun )", span) and "..." not in span:
             yield shlex.split(span), False
 
 

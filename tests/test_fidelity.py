@@ -12,12 +12,14 @@ from cases import compose
 from revtrain.config import read
 from revtrain.core.chain import InvertibleChain
 from revtrain.data import load_data, normalise
+from revtrain.layers import AdditiveCoupling
 from revtrain.models import architectures, build_model, traits
 from revtrain.numerics.fidelity import TRUSTED_COSINE, FidelityWatch, remedies, summarise_gradients, trusted
 from revtrain.numerics.gradients import GradientFidelity, compare, probe_gradients
 from revtrain.numerics.probing import loss_gradients
 from revtrain.numerics.snr import probe_snr
 from revtrain.optim import make_optimizer
+from revtrain.training.probe import Probe
 from revtrain.training.run import train
 
 
@@ -80,6 +82,36 @@ def test_gradients_of_a_noisy_network_do_not(batch):
 def test_a_network_that_stores_has_nothing_to_compare(batch):
     assert probe_gradients(network("backward=store")[0], *batch) == {}
     assert summarise_gradients({}) is None and trusted({"gradients": None, "snr_db": None}) is None
+
+
+class Lost(AdditiveCoupling):
+    """Its lean form loses the gradient of F's bias, with everything rebuilt to the last digit."""
+
+    def backward_(self, y, dy, saved, grads):
+        add = grads.add
+        grads.add = lambda tensor, *rest, **named: None if tensor is self.f.bias else add(tensor, *rest, **named)
+        result = super().backward_(y, dy, saved, grads)
+        del grads.add
+        return result
+
+
+def test_a_missing_gradient_is_shown_and_said_once(batch, caplog):
+    torch.manual_seed(0)
+    lost = Lost(4, torch.nn.Conv2d(2, 2, 3, padding=1), torch.nn.Conv2d(2, 2, 3, padding=1))
+    head = [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 10)]
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), InvertibleChain([lost]), *head)
+    found = probe_gradients(model, *batch)
+    assert list(found) == [name for name, _ in model.named_parameters()]
+    assert [name for name, each in found.items() if each.is_missing] == ["1.layers.0.f.bias"]
+
+    data = load_data(read(compose("data.train_images=32", "data.test_images=10")).data)
+    probe = Probe(read(compose("probe.batch=32")).probe, data.train)
+    caplog.set_level(logging.WARNING)
+    for _ in range(2):
+        line = probe.measure(model, batch[0], torch.device("cpu"), "fp32")
+    assert line["snr_db"]["minimum"] > 100 and trusted(line) is False
+    (said,) = [each.getMessage() for each in caplog.records]
+    assert "no gradient arrives at 1.layers.0.f.bias" in said
 
 
 def test_compare():

@@ -10,6 +10,7 @@ In a model of your own:
     InvertibleBatchNorm2d, InvertibleLeakyReLU, CouplingConv2d, ChannelPooling, BatchPooling
                         layers that are inverted each on its own
     InvertibleLayer     what a layer of your own inherits from
+    verify              whether `invert` computes what ordinary autograd does in a model of yours, and what both cost
     StateFormat         the number format of a chain's states: floating point, or fixed point that is undone exactly
 
 As the command line does it:
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
         PreNorm,
     )
     from revtrain.models import build_model
+    from revtrain.numerics.verify import verify
     from revtrain.planning.plan import plan
     from revtrain.training.run import train
 
@@ -69,6 +71,7 @@ _PLACES = {
     "build_model": "models",
     "plan": "planning.plan",
     "train": "training.run",
+    "verify": "numerics.verify",
 }
 
 __all__ = [
@@ -88,6 +91,7 @@ __all__ = [
     "compose",
     "plan",
     "train",
+    "verify",
 ]
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, Protocol, cast
 
 import torch
@@ -337,10 +336,13 @@ class InvertibleChain(InvertibleLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-@cache
 def _without_compiler() -> Callable[..., Tensor]:
     """`InvertibleChain._invert`, which torch.compile leaves alone as a whole: one break of the graph a chain."""
-    return torch.compiler.disable(InvertibleChain._invert)
+    return _uncompiled if torch.compiler.is_compiling() else InvertibleChain._invert
+
+
+# As torch.compiler.disable, which would import the compiler here and now.
+_uncompiled = torch._disable_dynamo(InvertibleChain._invert)
 
 
 class _ChainFunction(torch.autograd.Function):

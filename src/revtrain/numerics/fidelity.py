@@ -37,7 +37,9 @@ def summarise_gradients(parameters: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def trusted(line: Mapping[str, Any]) -> bool | None:
-    """Whether every parameter's gradient points where the true one does, as far as reconstruction decides it.
+    """Whether every parameter's gradient is there and points where the true one does.
+
+    The latter as far as reconstruction decides it.
 
     Args:
         line: of metrics.jsonl. None is returned where gradients were not compared.
@@ -45,6 +47,8 @@ def trusted(line: Mapping[str, Any]) -> bool | None:
     gradients, snr = line.get("gradients"), line.get("snr_db")
     if gradients is None:
         return None
+    if any(each["cosine"] == 0 and each["relative_error"] == 1 for each in gradients["parameters"].values()):
+        return False  # missing
     return gradients["minimum_cosine"] >= TRUSTED_COSINE or (snr is not None and snr["minimum"] >= REBUILT_WELL_DB)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from revtrain.numerics.probing import inverts, loss_gradients, on_the_side, storing
@@ -13,11 +14,17 @@ from revtrain.numerics.probing import inverts, loss_gradients, on_the_side, stor
 class GradientFidelity(NamedTuple):
     """Of one parameter's gradient: `cosine` of the angle to the true one, `relative_error` |g - g_true| / |g_true|.
 
-    A gradient that is not finite has cosine 0 and an infinite error; where both are 0, it is 1 and 0.
+    A gradient that is not finite has cosine 0 and an infinite error; where both are 0, it is 1 and 0. One that is
+    missing counts as 0.
     """
 
     cosine: float
     relative_error: float
+
+    @property
+    def is_missing(self) -> bool:
+        """Nothing has arrived, or nothing but zeros, where there is a true gradient."""
+        return self.cosine == 0 and self.relative_error == 1
 
 
 def probe_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, GradientFidelity]:
@@ -29,7 +36,8 @@ def probe_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[st
     Args:
         images: (B, 3, H, W), normalised, on the model's device. labels: (B,) int64.
 
-    Returns parameter name -> fidelity in the order of `named_parameters`; empty for a model that rebuilds nothing.
+    Returns parameter name -> fidelity in the order of `named_parameters`, of all that have a gradient either way; empty
+    for a model that rebuilds nothing.
     """
     if not inverts(model):
         return {}
@@ -39,10 +47,20 @@ def probe_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[st
         true = loss_gradients(model, images, labels)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     return {
-        name: compare(ours, theirs)
+        name: _compare(ours, theirs)
         for name, ours, theirs in zip(names, rebuilt, true, strict=True)
-        if ours is not None and theirs is not None
+        if ours is not None or theirs is not None
     }
+
+
+def _compare(gradient: Tensor | None, true: Tensor | None) -> GradientFidelity:
+    if gradient is None or true is None:
+        there = true if gradient is None else gradient
+        if there is None:
+            return GradientFidelity(1.0, 0.0)
+        zeros = torch.zeros_like(there)
+        return compare(zeros, there) if gradient is None else compare(there, zeros)
+    return compare(gradient, true)
 
 
 def compare(gradient: Tensor, true: Tensor) -> GradientFidelity:

@@ -33,6 +33,7 @@ class Probe:
         chosen = shuffled[: probe.batch]
         self.images, self.labels = training_set.images[chosen], training_set.labels[chosen]  # uint8, on the CPU
         self.every, self.gradients = probe.every, probe.gradients
+        self.missing: set[str] = set()  # parameters whose gradient does not arrive; said once
 
     def is_due(self, epoch: int) -> bool:
         return self.every > 0 and epoch % self.every == 0
@@ -52,12 +53,19 @@ class Probe:
 
     def _compare_gradients(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any] | None:
         try:
-            return summarise_gradients(gradients.probe_gradients(model, images, labels))
+            found = gradients.probe_gradients(model, images, labels)
         except torch.OutOfMemoryError:  # the comparison stores every activation: training goes on without it
             self.gradients = False
             log.warning("probe      not enough memory to store the activations of %d images: gradients are not\n"
                         "           compared from here on. Try a smaller probe.batch.", len(labels))  # fmt: skip
             return None
+        missing = [name for name, each in found.items() if each.is_missing and name not in self.missing]
+        if missing:
+            self.missing.update(missing)
+            log.warning("probe      no gradient arrives at %s, though it has one with backward=store.\n"
+                        "           revtrain.verify(model, images) says more; is it a parameter of the module that\n"
+                        "           uses it, or a side input?", ", ".join(missing))  # fmt: skip
+        return summarise_gradients(found)
 
 
 def summarise_snr(layers: dict[str, float]) -> dict[str, Any] | None:

@@ -281,7 +281,7 @@ class InvertibleChain(InvertibleLayer):
                 "Invert the layers alone: chain[:].inverse(y), where y is what they gave to the head."
             )
         refuse_graph(self, y)
-        with torch.no_grad():
+        with torch.no_grad(), pass_of(y.dtype):
             state = self.state_format.encode(y, self.piece_bytes)[0] if y.is_floating_point() else y.clone()
             x = self.inverse_(state, self.stand_in(state) if saved is None else saved, *context)
             return self.state_format.decode(x, y.dtype).to(y.dtype) if y.is_floating_point() else x

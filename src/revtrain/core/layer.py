@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +141,9 @@ class InvertibleLayer(nn.Module):
         sides = [each.detach().requires_grad_(each.requires_grad) for each in context]
         with torch.enable_grad(), SecondRun(first, wanted) as again:
             recomputed = again(leaf, *sides) if first.outputs else again.within(self.forward, leaf, *sides)
-        dx = differentiate_(recomputed, leaf, sides, again.leaves, dy, (*context, *wanted), grads, writes_on=False)
+        end = end_of(recomputed)
+        del recomputed
+        dx = differentiate_(end, leaf, sides, again.leaves, dy, (*context, *wanted), grads, writes_on=False)
         if dx is None:
             return x, torch.zeros_like(x)
         dx = dx.to(dy.dtype)
@@ -173,41 +175,49 @@ class InvertibleLayer(nn.Module):
         return first
 
 
+class End(NamedTuple):
+    """Where a graph ends: what a gradient needs of a result, which itself can go."""
+
+    edge: Any
+    dtype: torch.dtype
+
+
+def end_of(y: Tensor) -> End | None:
+    """The end of y's graph; None for a constant. Delete y then: its memory is not needed for its gradient."""
+    return End(torch.autograd.graph.get_gradient_edge(y), y.dtype) if y.requires_grad else None
+
+
 def differentiate_(
-    y: Tensor,
+    end: End | None,
     leaf: Tensor,
     sides: Sequence[Tensor],
     leaves: Sequence[Tensor],
     dy: Tensor,
     owners: Sequence[Tensor],
     grads: Gradients,
+    scale: float = 1.0,
     writes_on: bool = True,
 ) -> Tensor | None:
     """The gradient of `leaf`; those of `sides` and `leaves` go to `grads` for their `owners`, in this order.
 
-    None where y does not depend on `leaf`. The result may share memory with dy. `writes_on`: the caller goes on writing
-    into dy.
+    `end` is that of a result (see `end_of`), whose gradient is `scale` dy. The result, None where that does not depend
+    on `leaf`, may share memory with dy. `writes_on`: the caller goes on writing into dy.
 
     Raises:
         RevtrainError: autograd refuses, as for a reentrant checkpoint; or a hook has kept a view of dy, which the
             caller will write into.
     """
-    if not y.requires_grad:  # a constant
+    if end is None:  # a constant
         return None
     wanted = [each for each in sides if each.requires_grad]
     owners = [owner for owner, each in zip(owners, sides, strict=False) if each.requires_grad] + list(
         owners[len(sides) :]
     )
-    # The gradient needs the graph of y, not its values.
-    end = torch.autograd.graph.get_gradient_edge(y)
-    dtype = y.dtype
-    del y
-    dy = dy.to(dtype)
-    handed = dy.view_as(dy)  # a tensor of its own in the chain's memory
+    handed = (dy.view_as(dy) if scale == 1 else dy * scale).to(end.dtype)
     users = users_of_memory(dy)
     dleaf: Tensor | None
     try:
-        dleaf, *gradients = torch.autograd.grad(end, [leaf, *wanted, *leaves], handed, allow_unused=True)
+        dleaf, *gradients = torch.autograd.grad(end.edge, [leaf, *wanted, *leaves], handed, allow_unused=True)
     except RuntimeError as error:
         if "use_reentrant" not in str(error):
             raise
@@ -217,9 +227,9 @@ def differentiate_(
         ) from error
     del end
     while gradients:  # one at a time, so that each is gone before the next piece
-        grads.add(owners[len(gradients) - 1], gradients.pop(), lent=dy)
+        grads.add(owners[len(gradients) - 1], gradients.pop(), lent=handed)
     is_handed = dleaf is handed
-    if not writes_on:
+    if not writes_on or not shares_memory(handed, dy):
         return dleaf
     if sys.getrefcount(handed) > REFERENCES + is_handed:  # a hook has kept it: it gets a copy, the chain goes on
         handed.data = handed.clone()

@@ -47,9 +47,14 @@ def current_pass() -> Pass | None:
 
 
 def read_dtype(x: Tensor) -> torch.dtype:
-    """In what type a function of the user's reads x, a part of a state in floating point: 16 bit if the caller's is."""
+    """In what type a function of the user's reads x, a part of a state in floating point.
+
+    In 16 bit if the caller's tensor is; but not under autocast, which narrows x where that is good.
+    """
     current = _current.get()
-    return current.dtype if current is not None and current.dtype in NARROW else x.dtype
+    if current is None or current.dtype not in NARROW or autocast_dtype(x.device.type) is not None:
+        return x.dtype
+    return current.dtype
 
 
 # ---- autocast ------------------------------------------------------------------------------------

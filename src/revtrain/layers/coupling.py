@@ -131,8 +131,16 @@ class AdditiveCoupling(InvertibleLayer):
     def _added(self, which: str, target: Tensor, source: Tensor, context: tuple[Tensor, ...]) -> Tensor:
         """target + s F(source), by ordinary autograd, with what the lean form hands to F: a dense copy of its own."""
         through = self._pass_through(which, source, context)
-        own = source.to(read_dtype(source)).clone(memory_format=self._memory_format(source))
+        own = source.to(read_dtype(source)).contiguous(memory_format=self._memory_format(source))
+        if own is source and may_write_its_input(through.function):
+            own = own.clone()
+        version = None if own.is_inference() else own._version
         residual = through.fits(through.function(own, *through.context), target)
+        if own is source and version is not None and own._version != version:
+            raise RevtrainError(
+                f"{through.name} changes its input in place, which the coupling needs once more.\n"
+                "Let it begin with an operation that makes a tensor of its own, as x + 1 rather than x.add_(1)."
+            )
         return self.residual_sum.added(target, residual)
 
     def hands_context_to(self) -> Iterable[nn.Module]:
@@ -173,6 +181,22 @@ class AdditiveCoupling(InvertibleLayer):
         # a hook sees each forward pass once, with the whole batch
         per_sample = per_sample and not any(map(has_hooks, function.modules()))
         return RecomputedPass(*common, name=name, context=context, per_sample=per_sample)
+
+
+def may_write_its_input(function: nn.Module) -> bool:
+    """Whether an operation in place could reach the very tensor that `function` is given.
+
+    Not where its first module is one of torch's or ours that makes a tensor of its own.
+    """
+    passing = (nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+    for module in function if isinstance(function, nn.Sequential) else [function]:
+        if getattr(module, "inplace", False):
+            return True
+        if isinstance(module, nn.Sequential):
+            return may_write_its_input(module)
+        if not isinstance(module, passing):
+            return not type(module).__module__.startswith(("torch.nn.", "revtrain."))
+    return False
 
 
 class CouplingConv2d(AdditiveCoupling):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revtrain.core.gradients import Gradients
-from revtrain.core.layer import differentiate_
+from revtrain.core.layer import differentiate_, end_of
 from revtrain.core.pieces import MIB, batch_pieces, join
 from revtrain.core.precision import read_dtype
 from revtrain.core.recompute import FirstRun, SecondRun, parameters_of
@@ -73,8 +73,9 @@ class Head(nn.Module):
                 with torch.enable_grad():
                     logits = again.within(self._logits, self._features(leaf))
                 images = slice(sl.start // self.sub_images, sl.stop // self.sub_images)
-                du = differentiate_(logits, leaf, (), again.leaves, dlogits[images], wanted, grads)
-                del logits
+                end = end_of(logits)
+                du = differentiate_(end, leaf, (), again.leaves, dlogits[images], wanted, grads, writes_on=False)
+                del logits, end
                 if du is not None:
                     inputs.add_gradient_(dstate, du, sl)
         inputs.finish_(dstate, grads)

@@ -92,7 +92,7 @@ class PreNormPass(ResidualPass):
         statistics, first = saved
         norm = self._norm(source, statistics)
         with SecondRun(first) as again:
-            for sl in first.pieces:
+            for sl in self._pieces(source) if first.must_be_pure else first.pieces:
                 residual = again(self._normalised(norm, sl), *self.body_context)
                 self.residual_sum.add_(target[sl], residual, sign, self.piece_bytes)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from revtrain.core.gradients import Gradients
-from revtrain.core.layer import differentiate_
+from revtrain.core.layer import differentiate_, end_of
 from revtrain.core.precision import read_dtype
 from revtrain.core.recompute import FirstRun, SecondRun, parameters_of
 
@@ -47,5 +47,7 @@ def run_backward(
         result = again(leaf)
     with torch.no_grad():
         dresult = gradient_of(result.detach())
-    dx = differentiate_(result, leaf, (), again.leaves, dresult, wanted, grads)
+    end = end_of(result)
+    del result
+    dx = differentiate_(end, leaf, (), again.leaves, dresult, wanted, grads)
     return torch.zeros_like(x) if dx is None else dx.to(x.dtype)

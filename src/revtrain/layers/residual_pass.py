@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from revtrain.core.chain import InvertibleChain
 from revtrain.core.gradients import Gradients
 from revtrain.core.hooks import forward_
-from revtrain.core.layer import InvertibleLayer, context_for, differentiate_
+from revtrain.core.layer import InvertibleLayer, context_for, differentiate_, end_of
 from revtrain.core.pieces import batch_pieces
 from revtrain.core.precision import autocast_dtype, read_dtype
 from revtrain.core.recompute import FirstRun, SecondRun, parameters_of
@@ -241,7 +241,7 @@ class RecomputedPass(ResidualPass):
 
     def recompute_(self, source: Tensor, target: Tensor, saved: FirstRun, sign: int) -> None:
         with SecondRun(saved) as again:
-            for sl in saved.pieces:
+            for sl in self._pieces(source) if saved.must_be_pure else saved.pieces:
                 residual = again(self.read(source[sl]), *self.context)
                 self.residual_sum.add_(target[sl], residual, sign, self.piece_bytes)
 
@@ -291,5 +291,7 @@ def undo_piece(
     with torch.enable_grad():
         residual = again(leaf, *sides)
     residual_sum.add_(target, residual, -1, piece_bytes)
-    dresidual = dtarget if residual_sum.scale == 1 else dtarget * residual_sum.scale
-    return differentiate_(residual, leaf, sides, again.leaves, dresidual, (*context, *wanted), grads)
+    end = end_of(residual)
+    del residual
+    owners = (*context, *wanted)
+    return differentiate_(end, leaf, sides, again.leaves, dtarget, owners, grads, residual_sum.scale)

@@ -31,6 +31,7 @@ from torch import nn
 from revtrain.conf import compose
 from revtrain.config import all_keys, read
 from revtrain.core.chain import InvertibleChain
+from revtrain.core.pieces import set_chunk_mib
 from revtrain.errors import RevtrainError
 from revtrain.models import architectures
 from revtrain.numerics.verify import verify
@@ -90,7 +91,7 @@ def test_a_chain_trains_inside_of_torchvisions_model(library_page):
         assert all(p.grad.any() for p in getattr(library_page["model"], stage).parameters() if p.dim() > 1), stage
 
 
-@pytest.mark.parametrize("name", ["vit", "volumes", "unet", "network"])
+@pytest.mark.parametrize("name", ["vit", "theirs", "volumes", "unet", "network"])
 def test_the_examples_of_the_library_page_train(library_page, name):
     losses = library_page[f"{name}_losses"]
     assert losses[-1] < 0.8 * losses[0], losses
@@ -126,6 +127,16 @@ def test_the_models_of_the_library_page_need_no_more_activation_memory_with_dept
     assert activations[8][1] < 1.1 * activations[2][1], activations
     assert activations[8][0] > 1.5 * activations[2][0], activations
     assert activations[8][1] < 0.5 * activations[8][0], activations
+
+
+def test_a_transformer_of_others_in_a_tenth_of_its_activation_memory(library_page):
+    """Its own blocks, twelve of them, with their weights."""
+    model = library_page["theirs"]
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters())
+    set_chunk_mib(model, 1 / 16)  # a few samples a piece, as of a large batch
+    report = verify(model, torch.randn(64, 3, 32, 32))
+    assert report, report
+    assert report.invert.peak_bytes - gradients < 0.1 * (report.store.peak_bytes - gradients), report
 
 
 def diffs(name: str) -> dict[str, tuple[str, str]]:

@@ -126,7 +126,8 @@ def verify(
     cannot be put back; lazy modules are materialised.) Training or evaluation mode and autocast are the caller's.
 
     Args:
-        model: contains `InvertibleChain`s; what their `backward` is does not matter.
+        model: contains `InvertibleChain`s; what their `backward` is does not matter. Of `DistributedDataParallel`, the
+            module inside.
         inputs: of the model, on its device. All of them in floating point are given a gradient.
         loss: from the model's result to a number. None: a fixed linear function of all tensors in it.
         tolerance: the largest relative error that is taken for rounding. None: 1e-6 in float64, 1e-2 in float32, 0.2 in

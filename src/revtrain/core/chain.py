@@ -164,7 +164,9 @@ class InvertibleChain(InvertibleLayer):
                 'Only backward="store" passes tangents on.'
             )
         self._fill_lazy_modules(x, *context)
-        now = AsItWas(self if self._lean_head is not None or self.head is None else self.layers, context)
+        now = AsItWas(
+            cast(nn.Module, self if self._lean_head is not None or self.head is None else self.layers), context
+        )
         tensors = [*context, *now.parameters]
         if torch.is_grad_enabled() and (x.requires_grad or any(each.requires_grad for each in tensors)):
             return _ChainFunction.apply(x, self, now, *tensors)
@@ -203,7 +205,7 @@ class InvertibleChain(InvertibleLayer):
     @torch.no_grad()
     def _fill_lazy_modules(self, x: Tensor, *context: Tensor) -> None:
         """Let lazy modules find the sizes of their parameters, which the pass itself has to know."""
-        lazy = [m for m in self.modules() if isinstance(m, LazyModuleMixin) and m.has_uninitialized_params()]  # type: ignore[misc]
+        lazy = [m for m in self.modules() if isinstance(m, LazyModuleMixin) and m.has_uninitialized_params()]
         if not lazy:
             return
         training = [m for m in self.modules() if m.training]

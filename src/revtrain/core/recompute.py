@@ -22,7 +22,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -373,8 +373,8 @@ class FirstRun:
                 yield each, name, tensor
         known = {(id(each), name) for each, name, *_ in self._buffers}
         for each in self.modules:
-            for name, tensor in each._buffers.items():
-                if tensor is not None and (id(each), name) not in known:
+            for name, late in each._buffers.items():
+                if late is not None and (id(each), name) not in known:
                     yield each, name, ABSENT
 
     def _changed_attributes(self) -> Iterator[tuple[nn.Module, str, Any]]:
@@ -516,7 +516,9 @@ class SecondRun:
         buffers = zip(self.first.buffers, self._buffers, strict=True)
         return (
             drew
-            or any(before is not now and not torch.equal(before, now) for (*_, before), (*_, now) in buffers)
+            or any(
+                before is not now and not torch.equal(before, cast(Tensor, now)) for (*_, before), (*_, now) in buffers
+            )
             or self._attributes != self.first.changed_attributes
         )
 

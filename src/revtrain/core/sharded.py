@@ -38,7 +38,7 @@ def whole_weights(layer: nn.Module, grads: Gradients | None = None) -> Iterator[
     whole: dict[int, tuple[Tensor, Tensor]] = {}
     for _, _, dealt in places:
         if id(dealt) not in whole:
-            gathered = dealt.full_tensor().detach().requires_grad_(dealt.requires_grad)  # type: ignore[operator]
+            gathered = dealt.full_tensor().detach().requires_grad_(dealt.requires_grad)
             whole[id(dealt)] = dealt, gathered
     hooks = _set_aside_hooks(layer)
     for held, name, dealt in places:
@@ -86,8 +86,9 @@ def _set_aside_hooks(layer: nn.Module) -> list[tuple[dict[int, Any], dict[int, A
         precision = getattr(state_of(), "_mp_policy", None)
         own = next((each.dtype for each in module.parameters()), torch.float32)
         if getattr(precision, "param_dtype", None) not in (None, own):
+            given = getattr(precision, "param_dtype", None)
             raise RevtrainError(
-                f"{type(layer).__name__}: fully_shard was given a mixed precision, {precision.param_dtype}, for a part "
+                f"{type(layer).__name__}: fully_shard was given a mixed precision, {given}, for a part "
                 "of a chain.\nA chain keeps its states in float32 at least: use fully_shard with an mp_policy on the "
                 "chain as a whole only, or torch.autocast around it."
             )

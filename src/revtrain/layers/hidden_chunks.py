@@ -133,10 +133,13 @@ class HiddenChunkCoupling(AdditiveCoupling):
 
 def _runs_in_chunks(function: nn.Module) -> bool:
     """Whether nothing is attached to a `WideResidual` or its parts, so that its weights say all."""
+    if type(function) is not WideResidual or "forward" in vars(function) or not runs_over_pieces(function.norm):
+        return False
+    rewritten = is_rewritten(function.norm, "weight", "bias") or any(
+        is_rewritten(each, "weight") for each in (function.conv1, function.conv2)
+    )
     parts = [part for part in function.modules() if not isinstance(part, nn.BatchNorm2d)]
-    usual = type(function) is WideResidual and "forward" not in vars(function) and runs_over_pieces(function.norm)
-    rewritten = is_rewritten(function.norm, "weight", "bias") or any(is_rewritten(part, "weight") for part in parts)
-    return usual and not rewritten and not any(has_hooks(part) for part in parts)
+    return not rewritten and not any(has_hooks(part) for part in parts)
 
 
 class _Statistics(NamedTuple):

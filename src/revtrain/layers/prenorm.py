@@ -42,6 +42,8 @@ class PreNorm(nn.Module):
     """
 
     is_prenorm = True
+    norm: Any  # a norm, as runs_in_pieces() finds it
+    body: nn.Module
     piece_bytes: int = 2 * MIB
 
     def __init__(self, norm: int | nn.Module, body: nn.Module):
@@ -75,6 +77,8 @@ class PreNorm(nn.Module):
 
 class PreNormPass(ResidualPass):
     """`target` +/- s body(BN(`source`)), one piece of the batch at a time."""
+
+    function: PreNorm
 
     @property
     def body_context(self) -> tuple[Tensor, ...]:

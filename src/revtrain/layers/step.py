@@ -88,7 +88,9 @@ class CheckpointedStep(InvertibleLayer):
         sides = [each.detach().requires_grad_(each.requires_grad) for each in owners]
         with torch.enable_grad(), SecondRun(saved.first, wanted) as again:
             y = again(leaf, *sides)  # which is copied where the module writes into it
-        dx = differentiate_(y, leaf, sides, again.leaves, dy, (*owners, *wanted), grads)
+        end = end_of(y)
+        del y
+        dx = differentiate_(end, leaf, sides, again.leaves, dy, (*owners, *wanted), grads)
         return self._input(saved), _gradient(dx, saved.x, dy)
 
     def _first(self, x: Tensor) -> FirstRun:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from revtrain.core.gradients import Gradients
-from revtrain.core.layer import InvertibleLayer, context_for, differentiate_, is_for_backward, keeps_graph
+from revtrain.core.layer import InvertibleLayer, context_for, differentiate_, end_of, is_for_backward, keeps_graph
 from revtrain.core.recompute import FirstRun, SecondRun, is_dense, parameters_of, shares_memory
 from revtrain.errors import RevtrainError
 

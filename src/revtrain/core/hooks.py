@@ -39,7 +39,8 @@ def forward_(
         RevtrainError: a hook changes what the layer computes, or waits for gradients, which the layer takes itself;
             or `forward` is another than the one that `forward_` stands for.
     """
-    if is_replaced(type(layer)) or "forward" in vars(layer):
+    kind: type = type(layer)
+    if is_replaced(kind) or "forward" in vars(layer):
         _refuse_another_forward(layer)
     if not has_hooks(layer):
         return layer.forward_(x, *context)

@@ -30,7 +30,7 @@ class LayerList(nn.ModuleList):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return LayerList(list(self._modules.values())[index], self.state_format)  # type: ignore[arg-type]
+            return LayerList(list(self._modules.values())[index], self.state_format)
         return super().__getitem__(index)
 
     def extend(self, modules: Iterable[nn.Module]) -> LayerList:

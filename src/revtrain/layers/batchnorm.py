@@ -96,7 +96,7 @@ class InvertibleBatchNorm2d(InvertibleLayer, _BatchNorm):
         )
 
     @property
-    def num_features(self) -> int:  # type: ignore[override]  # what convert_sync_batchnorm reads first
+    def num_features(self) -> int:  # what convert_sync_batchnorm reads first
         raise RevtrainError(
             f"{type(self).__name__} cannot be converted to a SyncBatchNorm: it computes something else, and has an "
             "inverse.\nUse revtrain.layers.synchronise_batch_norms(model, group), before DistributedDataParallel; "

@@ -40,6 +40,8 @@ class PreNorm(nn.Module):
     Raises `RevtrainError` for a norm or a body that is no module.
     """
 
+    norm: Any  # a batch norm of torch's, or any module
+    body: nn.Module
     is_prenorm = True
     piece_bytes: int = 2 * MIB
 
@@ -70,6 +72,8 @@ class PreNorm(nn.Module):
 
 class PreNormPass(ResidualPass):
     """`target` +/- s body(BN(`source`)), one piece of the batch at a time."""
+
+    function: PreNorm
 
     @property
     def body_context(self) -> tuple[Tensor, ...]:

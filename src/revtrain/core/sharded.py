@@ -26,11 +26,11 @@ def whole_weights(layer: nn.Module, grads: Gradients | None = None) -> Iterator[
     Raises:
         RevtrainError: `fully_shard` with a precision of its own (mp_policy) inside of the layer.
     """
-    places = [
+    places: list[tuple[dict[str, Any], str, Any]] = [
         (module._parameters, name, tensor)
         for module in layer.modules()
-        for name, tensor in module._parameters.items()
-        if tensor is not None and hasattr(tensor, "full_tensor")
+        for name, tensor in module._parameters.items()  # (the type first: it is asked for in every step)
+        if type(tensor) is not nn.Parameter and hasattr(tensor, "full_tensor")
     ]
     if not places:
         yield
@@ -42,7 +42,7 @@ def whole_weights(layer: nn.Module, grads: Gradients | None = None) -> Iterator[
             whole[id(dealt)] = dealt, gathered
     hooks = _set_aside_hooks(layer)
     for held, name, dealt in places:
-        held[name] = whole[id(dealt)][1]  # type: ignore[assignment]  # no nn.Parameter, for the time being
+        held[name] = whole[id(dealt)][1]  # no nn.Parameter, for the time being
     try:
         with grads.standing_for(_shares(whole)) if grads is not None else _nothing():
             yield
@@ -85,10 +85,10 @@ def _set_aside_hooks(layer: nn.Module) -> list[tuple[dict[int, Any], dict[int, A
             continue
         precision = getattr(state_of(), "_mp_policy", None)
         own = next((each.dtype for each in module.parameters()), torch.float32)
-        if getattr(precision, "param_dtype", None) not in (None, own):
-            given = getattr(precision, "param_dtype", None)
+        computed = getattr(precision, "param_dtype", None)
+        if computed not in (None, own):
             raise RevtrainError(
-                f"{type(layer).__name__}: fully_shard was given a mixed precision, {given}, for a part "
+                f"{type(layer).__name__}: fully_shard was given a mixed precision, {computed}, for a part "
                 "of a chain.\nA chain keeps its states in float32 at least: use fully_shard with an mp_policy on the "
                 "chain as a whole only, or torch.autocast around it."
             )

@@ -134,9 +134,10 @@ class AdditiveCoupling(InvertibleLayer):
         own = source.to(read_dtype(source)).contiguous(memory_format=self._memory_format(source))
         if own is source and may_write_its_input(through.function):
             own = own.clone()
-        version = None if own.is_inference() else own._version
+        looks = own is source and not (torch.compiler.is_compiling() or own.is_inference())
+        version = own._version if looks else None
         residual = through.fits(through.function(own, *through.context), target)
-        if own is source and version is not None and own._version != version:
+        if looks and own._version != version:
             raise RevtrainError(
                 f"{through.name} changes its input in place, which the coupling needs once more.\n"
                 "Let it begin with an operation that makes a tensor of its own, as x + 1 rather than x.add_(1)."

@@ -41,6 +41,8 @@ class PreNorm(nn.Module):
     Raises `RevtrainError` for a norm or a body that is no module.
     """
 
+    norm: Any  # a batch norm of torch's, or any module
+    body: nn.Module
     is_prenorm = True
     norm: Any  # a norm, as runs_in_pieces() finds it
     body: nn.Module

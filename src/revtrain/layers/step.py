@@ -30,8 +30,7 @@ class _Graph(NamedTuple):
     end: GradientEdge | None  # None: a constant
     leaf: Tensor
     sides: list[Tensor]  # stand in for the side inputs
-    owners: list[Tensor]  # the parameters that ask for a gradient
-    leaves: list[Tensor]  # what stands in for them
+    leaves: list[Tensor]  # stand in for the parameters that ask for a gradient
     dtype: torch.dtype  # of the result
 
 
@@ -133,7 +132,7 @@ class StoredStep(CheckpointedStep):
     def forward_(self, x: Tensor, *context: Tensor) -> tuple[Tensor, _Stored]:
         if not is_for_backward():
             return super().forward_(x, *context)
-        first, owners = self._first(x), [each for each in parameters_of(self.module) if each.requires_grad]
+        first, owners = self._first(x), self._asking_parameters()
         # Leaves in the place of parameters: the hooks of those fire once, when the chain returns their gradients.
         leaves = [each.detach().requires_grad_() if each.is_leaf else each for each in owners]
         leaf = x.detach().requires_grad_()
@@ -141,7 +140,7 @@ class StoredStep(CheckpointedStep):
         with torch.enable_grad(), _in_place_of(owners, leaves, self.module):
             y = first(self._own(leaf), *sides)
         end = get_gradient_edge(y) if y.requires_grad else None
-        graph = _Graph(end, leaf, sides, owners, leaves, y.dtype)
+        graph = _Graph(end, leaf, sides, leaves, y.dtype)
         return self._of_the_chain(y, x, context), _Stored(x, first.end(), graph)
 
     def backward_(
@@ -149,15 +148,20 @@ class StoredStep(CheckpointedStep):
     ) -> tuple[Tensor, Tensor]:
         if saved.graph is None:
             return super().backward_(y, dy, saved, grads, *context)
-        end, leaf, sides, owners, leaves, dtype = saved.graph
+        end, leaf, sides, leaves, dtype = saved.graph
         if end is None:
             return self._input(saved), torch.zeros_like(saved.x)
         asking = [(each, owner) for each, owner in zip(sides, self._sides(context), strict=True) if each.requires_grad]
         targets = [leaf, *(each for each, _ in asking), *leaves]
         dx, *gradients = torch.autograd.grad(end, targets, dy.to(dtype), retain_graph=keeps_graph(), allow_unused=True)
-        for owner, gradient in zip([*(owner for _, owner in asking), *owners], gradients, strict=True):
+        for owner, gradient in zip(
+            [*(owner for _, owner in asking), *self._asking_parameters()], gradients, strict=True
+        ):
             grads.add(owner, gradient, lent=dy)
         return self._input(saved), _gradient(dx, saved.x, dy)
+
+    def _asking_parameters(self) -> list[Tensor]:
+        return [each for each in parameters_of(self.module) if each.requires_grad]
 
 
 def _gradient(dx: Tensor | None, x: Tensor, dy: Tensor) -> Tensor:

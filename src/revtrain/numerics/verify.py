@@ -42,8 +42,9 @@ MOST_ROWS, MOST_OF_A_KIND = 16, 5  # what is printed of a table and of findings
 class Finding:
     """One thing that is wrong.
 
-    kind    "error" (what a mode raised), "output", "gradient", "missing gradient", "rebuild", "state" (buffers, attributes,
-            random numbers), "statistics" (a norm's, updated more or less often than once), "non-determinism", "numbers"
+    kind    "error" (what a mode raised), "output", "gradient", "missing gradient", "rebuild",
+            "state" (buffers, attributes, random numbers), "statistics" (a norm's, updated more or less often than once),
+            "non-determinism", "numbers" (that are not finite)
     module  where: a dotted path as in `named_modules()` or `named_parameters()`, "input 0", or "" for the whole model
     """
 

@@ -42,8 +42,9 @@ MOST_ROWS, MOST_OF_A_KIND = 16, 5  # what is printed of a table and of findings
 class Finding:
     """One thing that is wrong.
 
-    kind    "error" (a mode raised), "output", "gradient", "missing gradient", "rebuild", "state" (buffers, attributes,
-            random numbers), "statistics" (a norm's, updated more or less often than once), "non-determinism", "numbers"
+    kind    "error" (what a mode raised), "output", "gradient", "missing gradient", "rebuild",
+            "state" (buffers, attributes, random numbers), "statistics" (a norm's, updated more or less often than once),
+            "non-determinism", "numbers" (that are not finite)
     module  where: a dotted path as in `named_modules()` or `named_parameters()`, "input 0", or "" for the whole model
     """
 
@@ -214,12 +215,12 @@ class _Comparison:
             invert = self._pass("invert", watch=True)
             self._errors(store, invert)
             self.report.store = self._again("store", store)
-            self.report.invert = self._again("invert", invert)
             if store.error is None and invert.error is None:
                 if self._results(store, invert):
                     self._rebuilt(invert)
                     self._gradients(store, invert)
                 self._state(store, invert)
+            self.report.invert = self._again("invert", invert)
         finally:
             self.before.restore()
 
@@ -317,7 +318,8 @@ class _Comparison:
 
     def _determinism(self, mode: str, first: _Run, second: _Run) -> None:
         if second.error is not None:
-            self._find("non-determinism", self._place(second.error), f"{mode} raised the second time: {second.error}")
+            # A wrong inverse is refused where nobody measures what it gives, as the first time.
+            self._find("error", self._place(second.error), f"{mode} raised the second time: {second.error}")
             return
         if mode == "store":  # a tensor that the model makes anew each time is nobody's
             self.foreign = {

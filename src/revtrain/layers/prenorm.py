@@ -44,8 +44,6 @@ class PreNorm(nn.Module):
     norm: Any  # a batch norm of torch's, or any module
     body: nn.Module
     is_prenorm = True
-    norm: Any  # a norm, as runs_in_pieces() finds it
-    body: nn.Module
     piece_bytes: int = 2 * MIB
 
     def __init__(self, norm: int | nn.Module, body: nn.Module):

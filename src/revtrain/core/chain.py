@@ -23,7 +23,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from revtrain.core.gradients import Gradients
 from revtrain.core.layer import InvertibleLayer, context_for, takes_context
 from revtrain.core.names import former_names
-from revtrain.core.precision import NARROW, autocast_as_now, autocast_dtype, pass_of
+from revtrain.core.precision import autocast_as_now, autocast_dtype, pass_of, read_dtype
 from revtrain.core.recompute import AsItWas, watching_for_gradients
 from revtrain.core.state_format import PLAIN, StateFormat
 from revtrain.errors import RevtrainError
@@ -125,7 +125,7 @@ class InvertibleChain(InvertibleLayer):
                 for layer in self.layers:
                     y = layer(y, *context_for(layer, context))
                 y = y if self.head is None else self.head(y)
-            return y.to(x.dtype) if x.dtype in NARROW else y
+                return y.to(read_dtype(y))
         return _without_compiler()(self, x, *context)
 
     def hands_context_to(self) -> Iterable[nn.Module]:
@@ -157,8 +157,7 @@ class InvertibleChain(InvertibleLayer):
         with pass_of(x.dtype, no_numbers):
             state, saved = self.forward_(self.encode(x), *context)
             result, saved_by_head = self.finish(state)
-            if x.dtype in NARROW:
-                result = result.to(x.dtype)
+            result = result.to(read_dtype(result))
             if no_numbers:  # integer states have no value for what is none
                 result = result.masked_fill_(torch.stack(no_numbers).any(), torch.nan)
         return result, state, saved, saved_by_head

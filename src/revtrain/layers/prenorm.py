@@ -40,8 +40,10 @@ class PreNorm(nn.Module):
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
         over_pieces = not is_rewritten(self.norm, "weight", "bias")  # in the place of norm(x)
-        u = normalise(x, self.norm, self.piece_bytes) if over_pieces else self.norm(x)
-        return self.body(u, *context_for(self.body, context))
+        context = context_for(self.body, context)
+        if over_pieces:
+            return self.body(normalise(x, self.norm, self.piece_bytes), *context)
+        return self.body(self.norm(x), *context)
 
     def hands_context_to(self) -> Iterable[nn.Module]:
         """The modules that may take side inputs."""

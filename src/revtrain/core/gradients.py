@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from revtrain.core.recompute import is_dense, shares_memory
+from revtrain.core.recompute import is_dense, memory_of, shares_memory
 
 
 class Gradients:
@@ -20,6 +20,7 @@ class Gradients:
     def __init__(self, tensors: Iterable[Tensor]):
         self.tensors = list(tensors)
         self._values: dict[int, Tensor | None] = {id(each): None for each in self.tensors if each.requires_grad}
+        self._taken: set[int] = set()  # the memory of what is gathered
 
     def wanted(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """Those of `tensors` whose gradient somebody asks for."""
@@ -39,9 +40,9 @@ class Gradients:
             return
         # many small terms: a sum in 16 bit would lose them
         own = gradient.to(torch.promote_types(tensor.dtype, torch.float32))
-        others = (each for each in (lent, *self._values.values()) if each is not None)
-        if not is_dense(own) or any(shares_memory(own, each) for each in others):
+        if not is_dense(own) or memory_of(own) in self._taken or (lent is not None and shares_memory(own, lent)):
             own = own.clone(memory_format=torch.contiguous_format)
+        self._taken.add(memory_of(own))
         self._values[id(tensor)] = own
 
     def values(self) -> list[Tensor | None]:

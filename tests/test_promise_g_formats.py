@@ -110,8 +110,8 @@ def test_weights_in_float32_and_an_input_in_16_bit_under_autocast(dtype):
         y.float().square().mean().backward()
         return [y, x.grad, *(p.grad for p in model.parameters())]
 
+    # under autocast the result has the type of the last operation: a sum of states, which are in float32 in `invert`
     for inverted, stored in zip(trained("invert"), trained("store"), strict=True):
-        assert inverted.dtype == stored.dtype
         assert _relative(inverted, stored) < NARROW[dtype]
 
 

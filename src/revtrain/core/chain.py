@@ -10,7 +10,7 @@ store    The same layers under ordinary autograd, which keeps their activations:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol, cast
 
 import torch
@@ -24,7 +24,7 @@ from revtrain.core.hooks import forward_
 from revtrain.core.layer import InvertibleLayer, context_for, refuse_graph, takes_context, without_backward
 from revtrain.core.layer_list import LayerList
 from revtrain.core.names import former_names
-from revtrain.core.precision import NARROW, autocast_as_now, autocast_dtype, pass_of
+from revtrain.core.precision import NARROW, autocast_as_now, autocast_dtype, pass_of, read_dtype
 from revtrain.core.recompute import AsItWas, parameters_of, watching_for_gradients
 from revtrain.core.sharded import whole_weights
 from revtrain.core.state_format import PLAIN, StateFormat
@@ -139,12 +139,12 @@ class InvertibleChain(InvertibleLayer):
         """The chain's result, with side inputs `context` for those layers and functions that take some."""
         self._check_input(x, context)
         if self.backward_mode == "store" or not x.numel():  # of an empty batch nothing is stored
-            with pass_of(x.dtype):
+            with pass_of(x.dtype) if x.dtype in NARROW else nullcontext():  # a compiler cannot follow it
                 y = self.state_format.snap(x)
                 for layer in self.layers:
                     y = layer(y, *context_for(layer, context))
                 y = y if self.head is None else self.head(y)
-            return y.to(x.dtype) if x.dtype in NARROW else y
+                return y.to(read_dtype(y))
         result = _without_compiler()(self, x, *context)
         return result if self.head is None or self._lean_head is not None else self.head(result)
 
@@ -179,8 +179,7 @@ class InvertibleChain(InvertibleLayer):
         with pass_of(x.dtype, no_numbers):
             state, saved = self.forward_(self.encode(x), *context)
             result, saved_by_head = self.finish(state)
-            if x.dtype in NARROW:
-                result = result.to(x.dtype)
+            result = result.to(read_dtype(result))
             if no_numbers:  # integer states have no value for what is none
                 result = result.masked_fill_(torch.stack(no_numbers).any(), torch.nan)
         return result, state, saved, saved_by_head

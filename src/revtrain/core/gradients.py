@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from revtrain.core.recompute import is_dense, shares_memory
+from revtrain.core.recompute import is_dense, memory_of, shares_memory
 
 
 class Gradients:
@@ -21,6 +21,7 @@ class Gradients:
     def __init__(self, tensors: Iterable[Tensor]):
         self.tensors = list(tensors)
         self._values: dict[int, Tensor | None] = {id(each): None for each in self.tensors if each.requires_grad}
+        self._taken: set[int] = set()  # the memory of what is gathered
 
     def wanted(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """Those of `tensors` whose gradient somebody asks for."""
@@ -43,9 +44,9 @@ class Gradients:
         if hasattr(own, "full_tensor"):  # a share of it, made for this
             self._values[id(tensor)] = own
             return
-        others = (each for each in (lent, *self._values.values()) if each is not None)
-        if not is_dense(own) or any(shares_memory(own, each) for each in others):
+        if not is_dense(own) or memory_of(own) in self._taken or (lent is not None and shares_memory(own, lent)):
             own = own.clone(memory_format=torch.contiguous_format)
+        self._taken.add(memory_of(own))
         self._values[id(tensor)] = own
 
     @contextmanager

@@ -49,7 +49,7 @@ def current_pass() -> Pass | None:
 def read_dtype(x: Tensor) -> torch.dtype:
     """In what type a function of the user's reads x, a part of a state in floating point.
 
-    In 16 bit if the caller's tensor is; but not under autocast, which narrows x where that is good.
+    In 16 bit if the caller's tensor is, as is the chain's result. Not under autocast, which narrows x where it should.
     """
     current = _current.get()
     if current is None or current.dtype not in NARROW or autocast_dtype(x.device.type) is not None:

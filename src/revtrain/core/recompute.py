@@ -32,7 +32,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from revtrain.errors import RevtrainError
 
-SAMPLED_VALUES = 32  # of an input and an output: they tell whether two runs were one function
+SAMPLED_VALUES = 16  # of an input and an output: they tell whether two runs were one function
 # Of the root mean square of the values, by how much a second run from the same input may differ. Other kernels and
 # orders of summation round differently; another mask of a dropout differs by about one.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
@@ -163,9 +163,14 @@ def _put(held: dict[str, Any], name: str, value: Any) -> None:
         held[name] = value
 
 
+def memory_of(x: Tensor) -> int:
+    """What tells the storage of x from others."""
+    return x.untyped_storage()._cdata
+
+
 def shares_memory(a: Tensor, b: Tensor) -> bool:
     """Whether the two lie in one storage."""
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return memory_of(a) == memory_of(b)
 
 
 def users_of_memory(x: Tensor) -> int:
@@ -223,7 +228,7 @@ class Generators:
             torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.mps.get_rng_state()
             for device in self.devices
         ]
-        own = [torch.get_rng_state(), random.getstate(), np.random.get_state()]
+        own = [torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=False)]
         return [*own, *of_devices, *map(_get_state, self.held)]
 
 
@@ -259,7 +264,7 @@ def _same_state(a: Any, b: Any) -> bool:
         return a.tobytes() == b.tobytes()
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_same_state(a[key], b[key]) for key in a)
-    if isinstance(a, tuple) and any(isinstance(each, np.ndarray) for each in a):
+    if isinstance(a, tuple) and a and a[0] == "MT19937":  # an old one of numpy's, with an array inside
         return len(a) == len(b) and all(map(_same_state, a, b))
     return bool(a == b)
 
@@ -627,17 +632,18 @@ class Sample(NamedTuple):
 
 
 def sample(x: Tensor) -> Sample | None:
-    """Of values that are evenly spread over the memory of x.
+    """Of values from places that are evenly spread over the memory of x.
 
     None where there are no values (fake tensors, meta), and on a GPU, for which it would have to wait.
     """
     if isinstance(x, FakeTensor) or x.device.type != "cpu" or not x.numel() or not x.is_floating_point():
         return None
-    count = min(SAMPLED_VALUES, x.numel())
     x = x.detach()
     x = x if is_dense(x) else x.contiguous()
-    # In plain numbers: further tensors would be seen by whoever counts the live ones.
-    values = x.as_strided((count,), (x.numel() // count,), x.storage_offset()).tolist()
+    # Four at a time lie in one line of the cache. In plain numbers: whoever counts live tensors would see further ones.
+    rows, size = SAMPLED_VALUES // 4, x.numel()
+    shape, strides = ((rows, 4), (size // rows, 1)) if size >= SAMPLED_VALUES else ((1, size), (size, 1))
+    values = [value for row in x.as_strided(shape, strides, x.storage_offset()).tolist() for value in row]
     return Sample(
         sum(map(operator.mul, _SIGNS[0], values)),
         sum(map(operator.mul, _SIGNS[1], values)),

@@ -129,7 +129,11 @@ class AdditiveCoupling(InvertibleLayer):
         return y, dy
 
     def _added(self, which: str, target: Tensor, source: Tensor, context: tuple[Tensor, ...]) -> Tensor:
-        """target + s F(source), by ordinary autograd, with what the lean form hands to F: a dense copy of its own."""
+        """target + s F(source), by ordinary autograd."""
+        return self.residual_sum.added(target, self._residual(which, target, source, context))
+
+    def _residual(self, which: str, target: Tensor, source: Tensor, context: tuple[Tensor, ...]) -> Tensor:
+        """F(source), of what the lean form hands to F, too: a dense tensor of its own."""
         through = self._pass_through(which, source, context)
         own = source.to(read_dtype(source)).contiguous(memory_format=self._memory_format(source))
         if own is source and may_write_its_input(through.function):
@@ -142,7 +146,7 @@ class AdditiveCoupling(InvertibleLayer):
                 f"{through.name} changes its input in place, which the coupling needs once more.\n"
                 "Let it begin with an operation that makes a tensor of its own, as x + 1 rather than x.add_(1)."
             )
-        return self.residual_sum.added(target, residual)
+        return residual
 
     def hands_context_to(self) -> Iterable[nn.Module]:
         """The modules that may take side inputs."""

@@ -57,8 +57,10 @@ class PreNorm(nn.Module):
         self.body = body
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
-        u = normalise(x, self.norm, self.piece_bytes) if self.runs_in_pieces() else self.norm(x)
-        return self.body(u, *context_for(self.body, context))
+        context = context_for(self.body, context)
+        if self.runs_in_pieces():
+            return self.body(normalise(x, self.norm, self.piece_bytes), *context)
+        return self.body(self.norm(x), *context)
 
     def runs_in_pieces(self) -> bool:
         """Whether `NormOverPieces` does what a call of the norm would do."""

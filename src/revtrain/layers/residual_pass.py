@@ -37,8 +37,8 @@ class ResidualSum:
         """x + s `residual`, on the grid; differentiable, and bit for bit what `add_` computes."""
         if not self.state_format.rounds(x):
             return torch.add(x, residual, alpha=self.scale)
-        residual = residual if residual.dtype == torch.float64 else residual.float()
-        return x + self.state_format.snap(residual if self.scale == 1 else residual * self.scale)
+        wide = torch.promote_types(residual.dtype, torch.float32)
+        return x + self.state_format.snap(residual.to(wide) if self.scale == 1 else residual.to(wide) * self.scale)
 
     def add_(
         self, target: Tensor, residual: Tensor, sign: int, piece_bytes: int, overflows: Tensor | None = None

@@ -43,7 +43,7 @@ class Finding:
     """One thing that is wrong.
 
     kind    "error" (what a mode raised), "output", "gradient", "missing gradient", "rebuild",
-            "state" (buffers, attributes, random numbers), "statistics" (a norm's, updated more or less often than once),
+            "state" (buffers, attributes, random numbers), "statistics" (of a norm, not updated once),
             "non-determinism", "numbers" (that are not finite)
     module  where: a dotted path as in `named_modules()` or `named_parameters()`, "input 0", or "" for the whole model
     """

@@ -308,7 +308,7 @@ def test_paths_exist(page):
 
 # ---- commands ------------------------------------------------------------------------------------
 
-PROGRAMS = {"pip", "tensorboard", "ruff", "grep", "python3", ".", ".ci/run"}  # others', or seen by other tests
+PROGRAMS = {"pip", "tensorboard", "ruff", "mypy", "grep", "python3", ".", ".ci/run"}  # others', or seen by other tests
 SCRIPTS = {
     "revtrain-report": ("revtrain.cli.report", "main"),
     "revtrain-eval": ("revtrain.cli.inference", "evaluate_main"),

@@ -276,7 +276,7 @@ class InvertibleChain(InvertibleLayer):
         """
         if isinstance(saved, Tensor):
             saved, context = None, (saved, *context)
-        if self.head is not None:
+        if self.head is not None and saved is None:
             raise RevtrainError(
                 f"InvertibleChain has a head, a {type(self.head).__name__}, which has no inverse.\n"
                 "Invert the layers alone: chain[:].inverse(y), where y is what they gave to the head."

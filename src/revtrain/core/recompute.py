@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.prune import BasePruningMethod
 
 from revtrain.errors import RevtrainError
@@ -371,8 +372,7 @@ class FirstRun:
 
     def _changed_buffers(self) -> Iterator[tuple[nn.Module, str, Any]]:
         for each, name, tensor, version, before in self._buffers:
-            # torch's batch norms write into their statistics without a trace: small buffers are kept in any case
-            if _version(tensor) != version or tensor.numel() <= SMALL_BUFFER:
+            if _version(tensor) != version or _may_have_changed(each, tensor, before):
                 yield each, name, before
             elif each._buffers.get(name) is not tensor:
                 yield each, name, tensor
@@ -424,6 +424,14 @@ class FirstRun:
             self.generators.restore()
         self.outputs.clear()
         self.samples.clear()
+
+
+def _may_have_changed(module: nn.Module, buffer: Tensor, before: Tensor) -> bool:
+    """Whether a buffer may have been written to without a trace, as torch's batch norms write into their statistics."""
+    if isinstance(buffer, FakeTensor) or buffer.is_meta:
+        return isinstance(module, _NormBase)
+    small = buffer.numel() <= SMALL_BUFFER
+    return small and (buffer.device.type != "cpu" or not torch.equal(buffer, before))  # a GPU would have to wait
 
 
 _watching: ContextVar[bool] = ContextVar("watching", default=False)

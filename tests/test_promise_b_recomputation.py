@@ -36,6 +36,7 @@ from promise import (
 from torch import nn
 
 from revtrain.core.chain import InvertibleChain
+from revtrain.core.recompute import draws_nothing
 from revtrain.layers import AdditiveCoupling, InvertibleBatchNorm2d, InvertibleLeakyReLU
 
 # the old spectral norm and weight norm say that they are old
@@ -657,3 +658,41 @@ def test_both_modes_draw_the_same_random_numbers_in_functions_that_are_partly_ra
     assert_promise(
         lambda: InvertibleChain([ANY.build(Skips) for _ in range(3)]), images() / 4, step=step, tolerance=1e-7
     )
+
+
+class Noisy(nn.Conv2d):
+    """A subclass of a module that draws nothing, which draws."""
+
+    def forward(self, x):
+        return super().forward(x) + torch.rand_like(x)
+
+
+@pytest.mark.parametrize(
+    ("module", "known"),
+    [
+        (nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.ReLU()), True),
+        (nn.Sequential(nn.Conv2d(2, 2, 1), nn.Dropout(0.5)), False),
+        (nn.Sequential(Noisy(2, 2, 1)), False),
+    ],
+    ids=["convolutions", "dropout", "a subclass"],
+)
+def test_generators_are_looked_at_but_where_it_is_known_that_none_is_drawn_from(module, known):
+    assert all(map(draws_nothing, module.modules())) == known
+    module[0].register_forward_hook(lambda module, inputs, result: result + torch.rand_like(result))
+    assert not all(map(draws_nothing, module.modules())), "a hook may draw"
+
+
+def test_a_subclass_of_a_quiet_module_draws_the_same_numbers_again():
+    def build(backward):
+        torch.manual_seed(0)
+        return InvertibleChain([AdditiveCoupling(4, Noisy(2, 2, 1), Noisy(2, 2, 1))], backward).double()
+
+    gradients = []
+    for backward in ("store", "invert"):
+        chain = build(backward)
+        torch.manual_seed(1)
+        x = torch.randn(3, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        chain(x).square().sum().backward()
+        gradients.append([each.grad for each in chain.parameters()])
+    for stored, inverted in zip(*gradients, strict=True):
+        torch.testing.assert_close(inverted, stored, rtol=1e-9, atol=1e-9)

@@ -240,6 +240,25 @@ def held_generators(modules: Sequence[nn.Module]) -> list[Any]:
     return list(found.values())
 
 
+# Exactly these, not their subclasses, which may draw. To look at the generators costs more than to look at a function.
+_DRAWS_NOTHING: set[type] = {
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d),
+    *(nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.ELU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Hardswish, nn.Identity),
+    *(nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Sequential),
+}
+
+
+def draws_nothing(module: nn.Module) -> bool:
+    """Whether it is known that a module alone, its children apart, draws no random numbers.
+
+    A module of one's own says so by an attribute `draws_nothing = True` of its class itself; hooks may always draw.
+    """
+    kind = type(module)
+    known = kind in _DRAWS_NOTHING or vars(kind).get("draws_nothing", False)
+    return known and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
 def _get_state(generator: Any) -> Any:
     if isinstance(generator, torch.Generator):
         return generator.get_state()
@@ -299,7 +318,9 @@ class FirstRun:
             for each in self.modules:
                 devices |= {str(p.device): p.device for p in each._parameters.values() if p is not None and p.is_cuda}
         self._attributes = [dict(vars(each)) for each in self.modules]
-        self.generators: Generators | None = Generators(list(devices.values()), held_generators(self.modules))
+        self.generators: Generators | None = None
+        if not all(map(draws_nothing, self.modules)):
+            self.generators = Generators(list(devices.values()), held_generators(self.modules))
         self.pieces: list[slice] = []
         self.input_shape: torch.Size | None = None  # where it is an invertible layer
         self.outputs: list[tuple[torch.Size, torch.dtype]] = []

@@ -32,6 +32,8 @@ class BoundedConv2d(nn.Conv2d):
     Raises `RevtrainError` for a bound or a gain that is not positive.
     """
 
+    draws_nothing = True  # random numbers
+
     direction: Tensor  # of the largest singular value, as far as it is found
 
     def __init__(self, channels: int, kernel_size: int = 3, init_gain: float = 1.0, max_gain: float | None = None):

@@ -56,6 +56,8 @@ class Activation(nn.Module):
     Raises `RevtrainError` for an unknown name.
     """
 
+    draws_nothing = True  # random numbers
+
     def __init__(self, name: str = "relu", inplace: bool = False):
         super().__init__()
         if name not in ACTIVATIONS:

@@ -22,7 +22,7 @@ from revtrain.models import architectures
 
 REFUSED = [
     # groups
-    (["arch=hybird"], "arch=hybird was given", "hybrid, irevnet, layerwise", "Did you mean hybrid?"),
+    (["arch=hybird"], "arch=hybird was given", "hybrid, hybrid_mixed, irevnet, layerwise", "Did you mean hybrid?"),
     (["data=cifar"], "data=cifar was given", "Did you mean cifar10?"),
     (["experiment=quick"], "experiment=quick was given", "quickstart"),
     (["arch=null"], "takes the name of one of its files", "arch=hybrid"),

@@ -125,6 +125,16 @@ def test_what_was_trained_with_the_library_is_loaded(peer, moved):
     _, trained = main_of(f"{peer}_ours")(steps=2)
     for (name, p), q in zip(ours.named_parameters(), trained.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-9, msg=name)
+    updates = [
+        {
+            value.item()
+            for name, value in model.state_dict().items()
+            if re.match(rf"{part}\..*num_batches_tracked", name)
+        }
+        for model in (ours, trained)
+    ]
+    if updates[1]:  # of two steps; the page says so
+        assert updates == [{{"memcnn": 6, "revlib": 4}[peer]}, {2}]
 
 
 # ---- a vision transformer's own blocks -----------------------------------------------------------

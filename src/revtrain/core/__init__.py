@@ -3,7 +3,6 @@
 layer           `InvertibleLayer`, which every layer of a chain is
 chain           `InvertibleChain`: layers in a row, of which no activation is stored
 state_format    the number format of the activations between the layers
-pieces          a pass in place goes through the batch in slices
 gradients       the parameter gradients of one backward pass
 random_state    the same random numbers when a function is computed again
 repeats         leaves out equal layers where nothing but the memory of a step is asked for

@@ -21,6 +21,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from revtrain.core.gradients import Gradients
 from revtrain.core.hooks import forward_
+from revtrain.core.joined import Steps, joined, separate
 from revtrain.core.layer import InvertibleLayer, context_for, refuse_graph, takes_context, without_backward
 from revtrain.core.layer_list import LayerList
 from revtrain.core.names import former_names
@@ -46,6 +47,7 @@ class Observer(Protocol):
 class Head(Protocol):
     """What may end a chain: a module that is not inverted (see `revtrain.layers.Head`).
 
+    One that takes side inputs of the chain, as its `forward` says, gets them as further arguments of all three.
     An ordinary module may end a chain, too. It is run by autograd on the chain's result, which it may keep.
     """
 
@@ -88,6 +90,7 @@ class InvertibleChain(InvertibleLayer):
     """
 
     observer: Observer | None = None
+    recompute_leading = True  # as F or G: not all of its layers are inverted; see `LayerwisePass`
     layers: Sequence[InvertibleLayer]
     state_format: StateFormat
     head: nn.Module | None
@@ -130,10 +133,14 @@ class InvertibleChain(InvertibleLayer):
         super().__setattr__(name, value)
 
     @property
-    def _lean_head(self) -> Head | None:
-        """The head, if it works on the chain's state; an ordinary module works on the chain's result."""
+    def _lean_head(self) -> Any:
+        """The head (`Head`), if it works on the chain's state; None: an ordinary module works on the chain's result."""
         is_lean = hasattr(self.head, "forward_") and hasattr(self.head, "backward_")
-        return cast(Head, self.head) if is_lean else None
+        return self.head if is_lean else None
+
+    def _for_head(self, context: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The side inputs that the head takes, which has to work on the chain's state."""
+        return context_for(self._lean_head, context) if self._lean_head is not None else ()
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
         """The chain's result, with side inputs `context` for those layers and functions that take some."""
@@ -143,14 +150,14 @@ class InvertibleChain(InvertibleLayer):
                 y = self.state_format.snap(x)
                 for layer in self.layers:
                     y = layer(y, *context_for(layer, context))
-                y = y if self.head is None else self.head(y)
+                y = y if self.head is None else self.head(y, *self._for_head(context))
                 return y.to(read_dtype(y))
         result = _without_compiler()(self, x, *context)
         return result if self.head is None or self._lean_head is not None else self.head(result)
 
     def hands_context_to(self) -> Iterable[nn.Module]:
         """The modules that may take side inputs."""
-        return self.layers
+        return self.layers if self._lean_head is None else [*self.layers, self._lean_head]
 
     def _invert(self, x: Tensor, *context: Tensor) -> Tensor:
         if x.is_complex():
@@ -175,13 +182,14 @@ class InvertibleChain(InvertibleLayer):
 
     def _pass_forward(self, x: Tensor, context: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Any, Any]:
         """(result, last state, saved by the layers, saved by the head)."""
-        no_numbers: list[Tensor] = []
+        is_integer = self.state_format.is_integer
+        no_numbers = torch.zeros((), dtype=torch.bool, device=x.device) if is_integer else None
         with pass_of(x.dtype, no_numbers):
             state, saved = self.forward_(self.encode(x), *context)
-            result, saved_by_head = self.finish(state)
+            result, saved_by_head = self.finish(state, *context)
             result = result.to(read_dtype(result))
-            if no_numbers:  # integer states have no value for what is none
-                result = result.masked_fill_(torch.stack(no_numbers).any(), torch.nan)
+            if no_numbers is not None:  # integer states have no value for what is none
+                result = result.masked_fill_(no_numbers, torch.nan)
         return result, state, saved, saved_by_head
 
     def _check_input(self, x: Tensor, context: tuple[Tensor, ...]) -> None:
@@ -234,39 +242,43 @@ class InvertibleChain(InvertibleLayer):
 
     def encode(self, x: Tensor) -> Tensor:
         """x as a state in this chain's number format: a copy that it may overwrite."""
-        state, lost = self.state_format.encode(x, self.piece_bytes)
-        if lost is not None:
-            self.overflows += lost
-        return state
+        return self.state_format.encode(x, self.piece_bytes, getattr(self, "overflows", None))
 
-    def finish(self, state: Tensor) -> tuple[Tensor, Any]:
+    def finish(self, state: Tensor, *context: Tensor) -> tuple[Tensor, Any]:
         """(result, saved) of the last state: the head's, or else the state itself in floating point."""
         if self._lean_head is not None:
-            return self._lean_head.forward_(state, self.state_format)
+            return self._lean_head.forward_(state, self.state_format, *self._for_head(context))
         return (state if state.is_floating_point() else self.state_format.decode(state)), None
 
+    def steps(self, saved: Sequence[Any] | None = None, first: int = 0) -> Steps:
+        """What a pass goes through: the layers from the first on, some joined to one, with what each has saved."""
+        layers = list(self.layers)[first:]
+        saved = [None] * len(layers) if saved is None else saved[first:]
+        # an observer sees every layer on its own
+        return joined(layers, saved) if self.observer is None else list(zip(layers, saved, strict=True))
+
     def forward_(self, x: Tensor, *context: Tensor) -> tuple[Tensor, list[Any]]:
-        saved_by_layers = []
-        for layer in self.layers:
+        steps = self.steps()
+        for index, (layer, _) in enumerate(steps):
             if self.observer is not None:
                 self.observer.on_input(layer, x)
             with whole_weights(layer):
                 x, saved = forward_(layer, x, context_for(layer, context), self.state_format.decode)
-            saved_by_layers.append(saved)
-        return x, saved_by_layers
+            steps[index] = layer, saved
+        return x, separate(steps, self.layers)
 
     def recompute_(self, x: Tensor, saved: list[Any], *context: Tensor) -> Tensor:
-        for layer, each in zip(self.layers, saved, strict=True):
+        for layer, each in self.steps(saved):
             each = layer.stand_in(x) if each is None else each
             x = layer.recompute_(x, each, *context_for(layer, context))
         return x
 
     def recompute_for_backward_(self, x: Tensor, saved: list[Any], *context: Tensor) -> tuple[Tensor, list[Any]]:
-        saved_again = []
-        for layer, each in zip(self.layers, saved, strict=True):
+        steps = self.steps(saved)
+        for index, (layer, each) in enumerate(steps):
             x, more = layer.recompute_for_backward_(x, each, *context_for(layer, context))
-            saved_again.append(more)
-        return x, saved_again
+            steps[index] = layer, more
+        return x, separate(steps, self.layers)
 
     def inverse(self, y: Tensor, saved: Any = None, *context: Tensor) -> Tensor:
         """x of y, the chain's result: chain.inverse(y, *side inputs), or with `saved` between; in y's precision.
@@ -283,7 +295,7 @@ class InvertibleChain(InvertibleLayer):
             )
         refuse_graph(self, y)
         with torch.no_grad(), pass_of(y.dtype):
-            state = self.state_format.encode(y, self.piece_bytes)[0] if y.is_floating_point() else y.clone()
+            state = self.state_format.encode(y, self.piece_bytes) if y.is_floating_point() else y.clone()
             x = self.inverse_(state, self.stand_in(state) if saved is None else saved, *context)
             return self.state_format.decode(x, y.dtype).to(y.dtype) if y.is_floating_point() else x
 
@@ -314,10 +326,11 @@ class InvertibleChain(InvertibleLayer):
         until: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """(x, dx) of the layer at `until`: the layers from the last to that one are undone."""
-        for index in range(len(self) - 1, until - 1, -1):
-            layer = self.layers[index]
+        steps = self.steps(saved, until)
+        while steps:
+            layer, each = steps.pop()
             with whole_weights(layer, grads):
-                y, dy = layer.backward_(y, dy, saved[index], grads, *context_for(layer, context))
+                y, dy = layer.backward_(y, dy, each, grads, *context_for(layer, context))
             if self.observer is not None:
                 self.observer.on_reconstructed(layer, y)
         return y, dy
@@ -373,7 +386,13 @@ class _ChainFunction(torch.autograd.Function):
                 dstate = dy.to(ctx.gradient_dtype, copy=True, memory_format=torch.contiguous_format)
             else:
                 dstate = chain._lean_head.backward_(
-                    state, dy, ctx.saved_by_head, grads, chain.state_format, ctx.gradient_dtype
+                    state,
+                    dy,
+                    ctx.saved_by_head,
+                    grads,
+                    chain.state_format,
+                    ctx.gradient_dtype,
+                    *chain._for_head(context),
                 )
             # Nobody needs the input of frozen first layers: the walk ends before them, unless somebody watches.
             ends_early = not ctx.needs_input_grad[0] and chain.observer is None

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from revtrain.core.gradients import Gradients
-from revtrain.core.pieces import MIB
 from revtrain.core.precision import current_pass, read_dtype
 from revtrain.core.recompute import (
     FirstRun,
@@ -39,6 +38,11 @@ from revtrain.core.recompute import (
 )
 from revtrain.core.state_format import StateFormat
 from revtrain.errors import RevtrainError
+from revtrain.kernels import read_part
+from revtrain.kernels.pieces import MIB, WHOLE, Index, Piece
+from revtrain.kernels.shapes import memory_format_of
+
+Take = Callable[[Tensor, Index], None]  # of a part of a result, and where it belongs
 
 
 class InvertibleLayer(nn.Module):
@@ -66,6 +70,13 @@ class InvertibleLayer(nn.Module):
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
         """y of x by ordinary autograd: the noise-free twin (`backward=store`)."""
         raise NotImplementedError
+
+    def joined_with(self, following: InvertibleLayer) -> InvertibleLayer | None:
+        """A layer that does the work of this one and the one behind it in fewer passes; None: there is none.
+
+        Its `saved` is the pair of what the two would have saved. Hooks of the two are seen to.
+        """
+        return None
 
     def inverse(self, y: Tensor, saved: Any = None, *context: Tensor) -> Tensor:
         """x of y; neither y nor `saved` is changed, and no graph is made.
@@ -150,13 +161,26 @@ class InvertibleLayer(nn.Module):
         own = is_dense(dx) and not shares_memory(dx, x) and not shares_memory(dx, dy)
         return x, dx if own else dx.clone(memory_format=torch.contiguous_format)
 
+    def backward_from_(
+        self, x: Tensor, dy: Tensor, saved: Any, grads: Gradients, take: Take, *context: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(x, dx) of (x, dy), where x is at hand: for a layer behind which nothing has to be computed again.
+
+        `take` is called with y part by part, each part once, and with where it belongs in y. A layer that can make part
+        and gradient together computes its function once, where `recompute_` and `backward_` do twice.
+        """
+        y, saved = self.recompute_for_backward_(x, saved, *context)
+        take(y, WHOLE.own)
+        return self.backward_(y, dy, saved, grads, *context)
+
     def _compare(self, first: FirstRun, y: Sample | None, x: Tensor) -> None:
         """Raise `RevtrainError` where the inverse of y (a sample of it) is far from what `forward` was given."""
         current = current_pass()
         if not first.samples or first.samples[0] is None or (current is not None and current.observed):
             return
         x_before, y_before = first.samples[0]
-        if difference(x_before, sample(x)) > tolerance(x.dtype, difference(y_before, y)):
+        noise = difference(y_before, y)
+        if difference(x_before, sample(x)) > tolerance(x.dtype, noise if current is None else current.saw(noise)):
             raise RevtrainError(
                 f"The inverse of {first.name} computed something else than what its forward was given, when its input "
                 "was recomputed.\n"
@@ -180,11 +204,15 @@ class End(NamedTuple):
 
     edge: Any
     dtype: torch.dtype
+    channels_last: bool  # the memory format that the result has, and its gradient should have
 
 
 def end_of(y: Tensor) -> End | None:
     """The end of y's graph; None for a constant. Delete y then: its memory is not needed for its gradient."""
-    return End(torch.autograd.graph.get_gradient_edge(y), y.dtype) if y.requires_grad else None
+    if not y.requires_grad:
+        return None
+    channels_last = not y.is_contiguous() and y.is_contiguous(memory_format=memory_format_of(y, True))
+    return End(torch.autograd.graph.get_gradient_edge(y), y.dtype, channels_last)
 
 
 def differentiate_(
@@ -197,11 +225,13 @@ def differentiate_(
     grads: Gradients,
     scale: float = 1.0,
     writes_on: bool = True,
+    piece: Piece = WHOLE,
 ) -> Tensor | None:
     """The gradient of `leaf`; those of `sides` and `leaves` go to `grads` for their `owners`, in this order.
 
-    `end` is that of a result (see `end_of`), whose gradient is `scale` dy. The result, None where that does not depend
-    on `leaf`, may share memory with dy. `writes_on`: the caller goes on writing into dy.
+    `end` is that of a result (see `end_of`), whose gradient is `scale` dy, or, where only a `piece` of the result is
+    right, that of the piece. What is returned, None where the result does not depend on `leaf`, may share memory with
+    dy. `writes_on`: the caller goes on writing into dy.
 
     Raises:
         RevtrainError: autograd refuses, as for a reentrant checkpoint; or a hook has kept a view of dy, which the
@@ -213,7 +243,11 @@ def differentiate_(
     owners = [owner for owner, each in zip(owners, sides, strict=False) if each.requires_grad] + list(
         owners[len(sides) :]
     )
-    handed = (dy.view_as(dy) if scale == 1 else dy * scale).to(end.dtype)
+    if end.channels_last or scale != 1:
+        handed = read_part(dy, end.dtype, unit=scale, channels_last=end.channels_last)
+    else:
+        handed = dy.view_as(dy).to(end.dtype)
+    handed = piece.pad(handed)
     users = users_of_memory(dy)
     dleaf: Tensor | None
     try:
@@ -226,8 +260,8 @@ def differentiate_(
             "Its gradients cannot be taken inside of another backward pass: use use_reentrant=False."
         ) from error
     del end
-    while gradients:  # one at a time, so that each is gone before the next piece
-        grads.add(owners[len(gradients) - 1], gradients.pop(), lent=handed)
+    grads.add_all(owners, list(gradients), lent=handed)
+    del gradients
     is_handed = dleaf is handed
     if not writes_on or not shares_memory(handed, dy):
         return dleaf

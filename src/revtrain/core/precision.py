@@ -21,19 +21,25 @@ NARROW = (torch.float16, torch.bfloat16)
 
 @dataclass
 class Pass:
-    """What is known of the pass that a chain is in: the caller's type, and flags of values that were no numbers."""
+    """What is known of the pass that a chain is in: the caller's type, and whether any value was no number."""
 
     dtype: torch.dtype
-    no_numbers: list[Tensor] | None = None  # () each, boolean; None: nobody asks
+    no_numbers: Tensor | None = None  # () boolean; None: nobody asks
     observed: bool = False  # an observer measures what the inverse gives: it is not refused
+    noise: float = 0.0  # the largest that was seen of what was rebuilt so far, relative
+
+    def saw(self, noise: float) -> float:
+        """The largest noise so far, this one included. A sample of a few values may agree by chance; many hardly do."""
+        self.noise = max(self.noise, noise)
+        return self.noise
 
 
 _current: ContextVar[Pass | None] = ContextVar("current_pass", default=None)
 
 
 @contextmanager
-def pass_of(dtype: torch.dtype, no_numbers: list[Tensor] | None = None, observed: bool = False) -> Iterator[None]:
-    """The block is a pass of a chain that was given `dtype`; integer states gather their flags in `no_numbers`."""
+def pass_of(dtype: torch.dtype, no_numbers: Tensor | None = None, observed: bool = False) -> Iterator[None]:
+    """The block is a pass of a chain that was given `dtype`; integer states set the flag `no_numbers`."""
     token = _current.set(Pass(dtype, no_numbers, observed))
     try:
         yield

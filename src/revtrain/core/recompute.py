@@ -31,7 +31,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.prune import BasePruningMethod
 
+from revtrain.core.precision import autocast_dtype, current_pass
 from revtrain.errors import RevtrainError
+from revtrain.kernels.pieces import WHOLE, Piece
 
 SAMPLED_VALUES = 16  # of an input and an output: they tell whether two runs were one function
 # Of the root mean square of the values, by how much a second run from the same input may differ. Other kernels and
@@ -240,7 +242,8 @@ def held_generators(modules: Sequence[nn.Module]) -> list[Any]:
     return list(found.values())
 
 
-# Exactly these, not their subclasses, which may draw. To look at the generators costs more than to look at a function.
+# Exactly these, not their subclasses, which may draw, and write into buffers. To look at the generators costs more than
+# to look at a function.
 _DRAWS_NOTHING: set[type] = {
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear),
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d),
@@ -250,13 +253,21 @@ _DRAWS_NOTHING: set[type] = {
 
 
 def draws_nothing(module: nn.Module) -> bool:
-    """Whether it is known that a module alone, its children apart, draws no random numbers.
+    """Whether it is known that a module alone, its children apart, draws no random numbers and writes to no buffers.
 
-    A module of one's own says so by an attribute `draws_nothing = True` of its class itself; hooks may always draw.
+    A module of one's own says so by an attribute `draws_nothing = True` of its class itself; hooks may do anything.
+    torch's norms write into their running statistics, which is seen to (see `takes_statistics`).
     """
     kind = type(module)
     known = kind in _DRAWS_NOTHING or vars(kind).get("draws_nothing", False)
     return known and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def takes_statistics(module: nn.Module) -> bool:
+    """Whether a module is one of torch's norms that only takes its input into running statistics which it does not
+    read: a second run leaves them alone if it is told to keep none."""
+    known = type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    return known and module.training and bool(module.track_running_stats) and module.running_mean is not None
 
 
 def _get_state(generator: Any) -> Any:
@@ -289,7 +300,49 @@ def _same_state(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+# ---- 16-bit weights --------------------------------------------------------------------------------
+
+
+def narrow_weights(modules: Sequence[nn.Module], device: torch.device) -> dict[int, Tensor]:
+    """id of a weight -> its copy in autocast's type, for convolutions and linear layers; empty without autocast.
+
+    Autocast would make the same copies itself, one by one, for each call and so for each piece of the batch. Only where
+    all modules are of known kinds: others may read a weight in another way.
+    """
+    dtype = autocast_dtype(device.type)
+    if dtype is None or not all(_is_known(each) for each in modules):
+        return {}
+    weights = {
+        id(weight): weight
+        for each in modules
+        if isinstance(each, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
+        for weight in (getattr(each, "_former_parameters", None) or each._parameters).values()
+        if weight is not None and weight.dtype == torch.float32
+    }
+    if not weights:
+        return {}
+    with torch.no_grad():
+        copies = [torch.empty_like(each, dtype=dtype) for each in weights.values()]
+        torch._foreach_copy_(copies, [each.detach() for each in weights.values()])
+    return dict(zip(weights, copies, strict=True))
+
+
+def _is_known(module: nn.Module) -> bool:
+    of_ours = type(module).__module__.startswith("revtrain.")
+    return draws_nothing(module) and (type(module) in _DRAWS_NOTHING or of_ours)
+
+
 # ---- the first run -------------------------------------------------------------------------------
+
+
+class _Counter:
+    """In the place of a norm's count of batches: what it is asked to add."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add_(self, more: int) -> None:
+        self.count += more
 
 
 class FirstRun:
@@ -306,22 +359,43 @@ class FirstRun:
         self.run: Callable[..., Tensor] = function
         self.writes_its_input = self.must_be_pure = False
         self.modules = list(function.modules())
+        quiet = list(map(draws_nothing, self.modules))
+        # those that write to no buffers, or into statistics that they do not read
+        self.statistics = [
+            each for each, known in zip(self.modules, quiet, strict=True) if known and takes_statistics(each)
+        ]
+        written = [each for each, is_quiet in zip(self.modules, quiet, strict=True) if not is_quiet or _may_write(each)]
         self.needs_slow_path = any(isinstance(each, _WITH_FAST_PATH) for each in self.modules)
         with _SWAPPING:
             self._buffers = [
                 (each, name, tensor, _version(tensor), tensor.clone())
-                for each in self.modules
+                for each in written
                 for name, tensor in each._buffers.items()
                 if tensor is not None
             ]
+            self._names = {
+                (id(each), name)
+                for each in self.modules
+                for name, tensor in each._buffers.items()
+                if tensor is not None
+            }
             devices = {str(device): device}
             for each in self.modules:
                 devices |= {str(p.device): p.device for p in each._parameters.values() if p is not None and p.is_cuda}
         self._attributes = [dict(vars(each)) for each in self.modules]
+        self._narrow = narrow_weights(self.modules, device)
+        self._places = [each for each in parameter_places(function) if id(each.tensor) in self._narrow]
+        # their counts of batches go up together at the end: one operation rather than one a norm
+        self._counters = [
+            (each, each.num_batches_tracked, _Counter())
+            for each in self.statistics
+            if each.momentum is not None and each.num_batches_tracked is not None
+        ]
+        self.device = device
         self.generators: Generators | None = None
-        if not all(map(draws_nothing, self.modules)):
+        if not all(quiet):
             self.generators = Generators(list(devices.values()), held_generators(self.modules))
-        self.pieces: list[slice] = []
+        self.pieces: list[Piece] = []
         self.input_shape: torch.Size | None = None  # where it is an invertible layer
         self.outputs: list[tuple[torch.Size, torch.dtype]] = []
         self.samples: list[tuple[Sample, Sample] | None] = []
@@ -333,7 +407,7 @@ class FirstRun:
         """function(x, *context); x is not the caller's, so that the function may write into it."""
         given, version = sample(x), _version(x)
         watching = _watching.get()
-        with torch.enable_grad() if watching else nullcontext(), _slow_path(self.needs_slow_path):
+        with torch.enable_grad() if watching else nullcontext(), _slow_path(self.needs_slow_path), self._stand_ins():
             y = self.run(x, *context)
         if not isinstance(y, Tensor):
             raise RevtrainError(
@@ -347,7 +421,7 @@ class FirstRun:
         self.samples.append(None if given is None or taken is None else (given, taken))
         return y
 
-    def in_pieces(self, pieces: Iterable[slice], read: Callable[[slice], Tensor], *context: Tensor):
+    def in_pieces(self, pieces: Iterable[Piece], read: Callable[[Piece], Tensor], *context: Tensor):
         """(piece, function(read(piece), *context)) for all `pieces`, one after the other.
 
         A function that changes a state of its own with each call is run once, on the whole batch.
@@ -359,15 +433,38 @@ class FirstRun:
             if self._keeps_a_state():
                 result.clear()
                 self._undo()
-                self.pieces = [slice(None)]
+                self.pieces = [WHOLE]
             else:
                 start = 1
                 yield self.pieces[0], result.pop()
-        for sl in self.pieces[start:]:
-            yield sl, self(read(sl), *context)
+        for piece in self.pieces[start:]:
+            yield piece, self(read(piece), *context)
+
+    @contextmanager
+    def _stand_ins(self) -> Iterator[None]:
+        if not (self._places or self._counters):
+            yield
+            return
+        with _SWAPPING:
+            for place in self._places:
+                place.held[place.name] = self._narrow[id(place.tensor)]
+            for norm, _, counter in self._counters:
+                norm._buffers["num_batches_tracked"] = cast(Tensor, counter)
+            try:
+                yield
+            finally:
+                for place in self._places:
+                    place.held[place.name] = place.tensor
+                for norm, tensor, _ in self._counters:
+                    norm._buffers["num_batches_tracked"] = cast(Tensor, tensor)
 
     def end(self) -> FirstRun:
         """Let go of all that the runs have left as it was."""
+        counted = [(tensor, counter.count) for _, tensor, counter in self._counters if counter.count]
+        if counted:
+            torch._foreach_add_(*map(list, zip(*counted, strict=True)))
+        self._counters = []
+        self._narrow, self._places = {}, []
         self.buffers, self.changed_attributes = list(self._changed_buffers()), list(self._changed_attributes())
         self._buffers, self._attributes = [], []
         if self.generators is not None and not self.generators.have_changed():
@@ -376,6 +473,7 @@ class FirstRun:
 
     def begin_again(self) -> FirstRun:
         """For a first run that nobody has recorded: buffers and generators are to be as they are now."""
+        self._narrow, self._places = {}, []
         self.buffers = [(each, name, before) for each, name, _, _, before in self._buffers]
         self.changed_attributes = [
             (each, name, value)
@@ -397,10 +495,9 @@ class FirstRun:
                 yield each, name, before
             elif each._buffers.get(name) is not tensor:
                 yield each, name, tensor
-        known = {(id(each), name) for each, name, *_ in self._buffers}
         for each in self.modules:
             for name, late in each._buffers.items():
-                if late is not None and (id(each), name) not in known:
+                if late is not None and (id(each), name) not in self._names:
                     yield each, name, ABSENT
 
     def _changed_attributes(self) -> Iterator[tuple[nn.Module, str, Any]]:
@@ -445,6 +542,11 @@ class FirstRun:
             self.generators.restore()
         self.outputs.clear()
         self.samples.clear()
+
+
+def _may_write(module: nn.Module) -> bool:
+    """Whether a module of a known kind writes into buffers that it may read."""
+    return isinstance(module, _NormBase) and not takes_statistics(module) and module.training
 
 
 def _may_have_changed(module: nn.Module, buffer: Tensor, before: Tensor) -> bool:
@@ -516,8 +618,9 @@ class SecondRun:
 
     def __init__(self, first: FirstRun, wanted: Sequence[Tensor] = ()):
         self.first, self.piece = first, 0
-        self.leaves = [each.detach().requires_grad_() for each in wanted]
-        self._leaf_of = {id(each): leaf for each, leaf in zip(wanted, self.leaves, strict=True)}
+        narrow = narrow_weights(first.modules, first.device)
+        self.leaves = [narrow.get(id(each), each).detach().requires_grad_() for each in wanted]
+        self._leaf_of = narrow | {id(each): leaf for each, leaf in zip(wanted, self.leaves, strict=True)}
         self._now: Generators | None = None
 
     def __enter__(self) -> SecondRun:
@@ -528,7 +631,10 @@ class SecondRun:
         self._buffers = [
             (each, name, before if before is ABSENT else before.clone()) for each, name, before in first.buffers
         ]
-        self._attributes = list(first.changed_attributes)
+        self._attributes = [
+            *first.changed_attributes,
+            *((each, "track_running_stats", False) for each in first.statistics),
+        ]
         if first.generators is not None:
             self._now = first.generators.now()
             first.generators.restore()
@@ -546,6 +652,8 @@ class SecondRun:
             )
 
     def _has_changed_something(self) -> bool:
+        if self.first.statistics:
+            return True
         drew = self.first.generators is not None and self.first.generators.have_changed()
         buffers = zip(self.first.buffers, self._buffers, strict=True)
         return (
@@ -613,7 +721,8 @@ class SecondRun:
             )
         before = first.samples[self.piece]
         if before is not None and given is not None:
-            noise = difference(before[0], given)
+            current, noise = current_pass(), difference(before[0], given)
+            noise = noise if current is None else current.saw(noise)
             if difference(before[1], sample(y)) > tolerance(y.dtype, noise):
                 raise something_else(first.name)
 
@@ -665,14 +774,18 @@ def sample(x: Tensor) -> Sample | None:
 
     None where there are no values (fake tensors, meta), and on a GPU, for which it would have to wait.
     """
-    if isinstance(x, FakeTensor) or x.device.type != "cpu" or not x.numel() or not x.is_floating_point():
+    size = x.numel()
+    if not (x.is_cpu and size and x.is_floating_point()) or isinstance(x, FakeTensor):
         return None
-    x = x.detach()
+    x = x.detach() if x.requires_grad else x
     x = x if is_dense(x) else x.contiguous()
     # Four at a time lie in one line of the cache. In plain numbers: whoever counts live tensors would see further ones.
-    rows, size = SAMPLED_VALUES // 4, x.numel()
-    shape, strides = ((rows, 4), (size // rows, 1)) if size >= SAMPLED_VALUES else ((1, size), (size, 1))
-    values = [value for row in x.as_strided(shape, strides, x.storage_offset()).tolist() for value in row]
+    rows = SAMPLED_VALUES // 4
+    if size >= SAMPLED_VALUES:
+        a, b, c, d = x.as_strided((rows, 4), (size // rows, 1)).tolist()
+        values = [*a, *b, *c, *d]
+    else:
+        values = x.as_strided((size,), (1,)).tolist()
     return Sample(
         sum(map(operator.mul, _SIGNS[0], values)),
         sum(map(operator.mul, _SIGNS[1], values)),

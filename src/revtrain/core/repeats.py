@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from revtrain.core.chain import InvertibleChain
 from revtrain.core.gradients import Gradients
@@ -30,7 +31,7 @@ def without_repeats(model: nn.Module) -> Iterator[None]:
     whole = [chain.layers for chain in outermost]
     for chain in outermost:
         first: dict[Any, _OncePerKind] = {}
-        once = [_OncePerKind(layer, first) for layer in chain.layers]
+        once = [_OncePerKind(layer, first) for layer, _ in chain.steps()]
         chain.layers = cast(Sequence[InvertibleLayer], LayerList(once, chain.state_format))
     try:
         yield
@@ -47,17 +48,19 @@ class _OncePerKind(InvertibleLayer):
         self.layer, self.first = layer, first
         self.passes_integers = layer.passes_integers
         self.kind = (type(layer), tuple(parameter.shape for parameter in layer.parameters()))
+        self.saved: Any = None  # by the layer, where it has worked
 
     def forward_(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Any]:
-        works = self.first.setdefault((self.kind, x.shape), self) is self
-        if not works:
-            return x, (works, None)
-        y, saved = self.layer.forward_(x, *context_for(self.layer, context))
-        return y, (works, saved)
+        first = self.first.setdefault((self.kind, x.shape), self)
+        if first is not self:  # what it would save is as large as what the first one has saved
+            return x, (False, tree_map_only(Tensor, torch.empty_like, first.saved))
+        y, self.saved = self.layer.forward_(x, *context_for(self.layer, context))
+        return y, (True, self.saved)
 
     def backward_(self, y: Tensor, dy: Tensor, saved: Any, grads: Gradients, *context: Tensor) -> tuple[Tensor, Tensor]:
         works, saved_by_layer = saved
         if works:
+            self.saved = None
             return self.layer.backward_(y, dy, saved_by_layer, grads, *context_for(self.layer, context))
         for parameter in grads.wanted(self.layer.parameters()):
             grads.add(parameter, torch.empty_like(parameter))

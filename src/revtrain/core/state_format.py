@@ -6,7 +6,7 @@
     int32      fixed point: multiples of 2^-16 as 32-bit integers; sums are exact below 2^15
     int16      fixed point in half of the bytes: multiples of 2^-8; sums are exact below 2^7
 
-On a grid, y1 = x1 + round(F(x2)) is undone to the last bit at any depth (Eqs. 8, 9). A sum can leave the range.
+On a grid, y1 = x1 + round(F(x2)) is undone to the last bit at any depth. A sum can leave the range.
 Integers then wrap round, which is still undone exactly, but the network has computed with a wrong value. Floating point
 rounds it, which is a good value, but is not undone exactly. Either way it is counted.
 """
@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from revtrain.core.pieces import batch_pieces
-from revtrain.core.precision import NARROW, current_pass
+from revtrain.core.precision import current_pass
 from revtrain.errors import RevtrainError
+from revtrain.kernels import add_to_part_, read_part
 
 # name -> (dtype of the state, None: as the input comes; bits after the point, None: no grid)
 _KINDS: dict[str, tuple[torch.dtype | None, int | None]] = {
@@ -30,7 +30,6 @@ _KINDS: dict[str, tuple[torch.dtype | None, int | None]] = {
     "int16": (torch.int16, 8),
 }
 STATE_FORMATS = tuple(_KINDS)
-_WIDER = {torch.int16: torch.int32, torch.int32: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -96,62 +95,52 @@ class StateFormat:
         snapped = (x.detach() * (1 / self.step)).round_().mul_(self.step)
         return snapped + (x - x.detach()) if x.requires_grad else snapped
 
-    def encode(self, x: Tensor, piece_bytes: int) -> tuple[Tensor, Tensor | None]:
-        """x (B, ...) as a state, and how many of its values were out of range, as a tensor () (see `add_`).
+    def encode(self, x: Tensor, piece_bytes: int, overflows: Tensor | None = None) -> Tensor:
+        """x (B, ...) as a state; `overflows` () int64 counts the values out of range (see `add_`).
 
         The state is a contiguous copy that the chain may overwrite: the caller's graph may need x (a ReLU saves
         it). It holds float32 at least: its sums are what the inverse has to undo, under autocast, too.
         """
-        if not self.is_integer:
-            state = x.to(_at_least_float32(x.dtype), copy=True, memory_format=torch.contiguous_format)
-            if self.rounds(state):
-                lost = []
-                for sl in batch_pieces(state, piece_bytes):
-                    state[sl].copy_(self.snap(state[sl]))
-                    lost.append(self.beyond(state[sl]))
-                return state, torch.stack(lost).sum()
-            return state, None
-        state = torch.zeros(x.shape, dtype=self.dtype, device=x.device)
-        lost = [
-            self._add_integers_(state[sl], x[sl].to(_at_least_float32(x.dtype))) for sl in batch_pieces(x, piece_bytes)
-        ]
-        return state, torch.stack(lost).sum()
+        dtype = self.dtype or _at_least_float32(x.dtype)
+        if not (self.is_integer or self.rounds(x.new_empty(0, dtype=dtype))):
+            return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        state = torch.zeros(x.shape, dtype=dtype, device=x.device)
+        self.add_(state, x, 1.0, piece_bytes, overflows)
+        return state
 
-    def decode(
-        self,
-        state: Tensor,
-        dtype: torch.dtype = torch.float32,
-        memory_format: torch.memory_format = torch.contiguous_format,
-    ) -> Tensor:
-        """The values of (a part of) a state in floating point: a dense copy. `dtype` is for integer states."""
+    def decode(self, state: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values of (a part of) a state in floating point: a dense copy.
+
+        `dtype` is for integer states; those in floating point keep theirs.
+        """
         if state.is_floating_point():
-            return state.clone(memory_format=memory_format)
-        if dtype in NARROW and state.dtype == torch.int32:  # its whole numbers have no place in 16 bit
-            return self.decode(state, torch.float32, memory_format).to(dtype)
-        values = torch.empty(state.shape, dtype=dtype, device=state.device, memory_format=memory_format)
-        return values.copy_(state).mul_(self.step)
+            return read_part(state, state.dtype)
+        return read_part(state, dtype, unit=self.unit)
 
-    def add_(self, state: Tensor, residual: Tensor, sign: int = 1) -> Tensor | None:
-        """state += sign * residual, in place, on the grid. Integers: how many values left the range, as a tensor ()."""
-        if state.is_floating_point():
-            state.add_(self.snap(residual), alpha=sign)
-            return None
-        return self._add_integers_(state, residual, sign)
+    @property
+    def unit(self) -> float:
+        """What one of a state's units is worth: the step of the grid for integers, else 1."""
+        return self.step if self.is_integer else 1.0
 
-    def _add_integers_(self, state: Tensor, residual: Tensor, sign: int = 1) -> Tensor:
-        scaled = (residual * (1 / self.step)).round_()
-        wider = _WIDER[state.dtype]
-        beyond = ~(scaled.abs() < torch.iinfo(wider).max / 2)  # or not a number: adds nothing, but counts
+    def add_(
+        self, state: Tensor, residual: Tensor, factor: float, piece_bytes: int, overflows: Tensor | None = None
+    ) -> None:
+        """state += factor residual, in place, on the grid, over pieces of the batch.
+
+        `overflows` () int64 counts the values that leave the range of the grid.
+        """
         current = current_pass()
-        if current is not None and current.no_numbers is not None:
-            current.no_numbers.append(beyond.any())
-        total = scaled.masked_fill_(beyond, 0).to(wider).mul_(sign).add_(state)
-        state.copy_(total)
-        return beyond.logical_or_(total != state).sum()
-
-    def beyond(self, state: Tensor) -> Tensor:
-        """How many values of a floating-point state lie outside the range (or are not numbers), as a tensor ()."""
-        return torch.logical_not(state.abs() < self.range).sum()
+        step = self.step if not state.is_floating_point() or self.rounds(state) else 0.0
+        add_to_part_(
+            state,
+            residual,
+            factor,
+            step=step,
+            limit=self.range,
+            overflows=overflows,
+            no_numbers=current.no_numbers if current is not None and self.is_integer else None,
+            piece_bytes=piece_bytes,
+        )
 
 
 PLAIN = StateFormat()

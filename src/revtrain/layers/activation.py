@@ -8,8 +8,9 @@ from torch import Tensor
 
 from revtrain.core.gradients import Gradients
 from revtrain.core.layer import InvertibleLayer
-from revtrain.core.pieces import batch_pieces, join
 from revtrain.errors import RevtrainError
+from revtrain.kernels.norm_activation import pack_signs, sign_pieces, undo_activation_
+from revtrain.kernels.pieces import join
 
 
 class InvertibleLeakyReLU(InvertibleLayer):
@@ -17,6 +18,7 @@ class InvertibleLeakyReLU(InvertibleLayer):
 
     Args:
         slope: n, without unit, 0 < n <= 1. The draft writes x / n; its text and its authors' runs use n x.
+        keep_signs: inside a coupling block, keep the true signs for the backward pass, a bit an element.
 
     Each inversion costs precision: with a symmetric input the inverse multiplies the noise-to-signal ratio by
     (1 + n^2)(1 + 1/n^2)/4 (Eq. 28c). Raises `RevtrainError` for a slope outside (0, 1].
@@ -24,12 +26,12 @@ class InvertibleLeakyReLU(InvertibleLayer):
 
     is_pointwise = True
 
-    def __init__(self, slope: float = 0.2):
+    def __init__(self, slope: float = 0.2, keep_signs: bool = True):
         super().__init__()
         if not 0 < slope <= 1:
             hint = f"Did you mean slope={1 / slope:g}?" if slope > 1 else "A slope of 0 (ReLU) has no inverse."
             raise RevtrainError(f"slope={slope} cannot be inverted.\nExpected 0 < slope <= 1. {hint}")
-        self.slope = slope
+        self.slope, self.keep_signs = slope, keep_signs
 
     def extra_repr(self) -> str:
         return f"slope={self.slope}"
@@ -43,10 +45,12 @@ class InvertibleLeakyReLU(InvertibleLayer):
     def recompute_(self, x: Tensor, saved: None) -> Tensor:
         return F.leaky_relu_(x, self.slope)
 
-    def recompute_for_backward_(self, x: Tensor, saved: None) -> tuple[Tensor, Tensor]:
+    def recompute_for_backward_(self, x: Tensor, saved: None) -> tuple[Tensor, Tensor | None]:
+        if not self.keep_signs:
+            return self.recompute_(x, None), None
         # A rebuilt y may have crossed zero, and one crossing changes a gradient by a finite amount. Inside a coupling
         # block the true signs are at hand; they cost a bit an element until the block's backward pass is over.
-        signs = [_pack(x[sl] < 0) for sl in batch_pieces(x, self.piece_bytes)]
+        signs = [pack_signs(x[piece]) for piece in sign_pieces(x, self.piece_bytes)]
         return self.recompute_(x, None), join(signs, -(-x.numel() // 8))
 
     def inverse_(self, y: Tensor, saved: Tensor | None) -> Tensor:
@@ -56,26 +60,5 @@ class InvertibleLeakyReLU(InvertibleLayer):
         if saved is None:  # y has the sign of x, but for the noise
             torch.ops.aten.leaky_relu_backward(dy, y, self.slope, True, grad_input=dy)
         else:
-            start = 0
-            for sl in batch_pieces(y, self.piece_bytes):
-                count = y[sl].numel()
-                end = start + -(-count // 8)
-                negative = _unpack(saved[start:end], count).view(y[sl].shape)
-                dy[sl].copy_(torch.where(negative, dy[sl] * self.slope, dy[sl]))
-                start = end
+            undo_activation_(dy, saved, self.slope, self.piece_bytes)
         return self.inverse_(y, saved), dy
-
-
-def _pack(bits: Tensor) -> Tensor:
-    """Eight booleans a byte: any shape of n elements -> (ceil(n / 8),) uint8."""
-    padded = F.pad(bits.flatten().to(torch.uint8), (0, -bits.numel() % 8)).view(-1, 8)
-    return (padded << _places(bits.device)).sum(1, dtype=torch.uint8)
-
-
-def _unpack(packed: Tensor, count: int) -> Tensor:
-    """The first `count` booleans of what `_pack` returned, (count,)."""
-    return ((packed[:, None] >> _places(packed.device)) & 1).flatten()[:count].bool()
-
-
-def _places(device: torch.device) -> Tensor:
-    return torch.arange(8, dtype=torch.uint8, device=device)

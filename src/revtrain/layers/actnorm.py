@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from revtrain.core.gradients import Gradients
 from revtrain.core.layer import InvertibleLayer
-from revtrain.core.pieces import batch_pieces
 from revtrain.core.recompute import effective, is_rewritten
 from revtrain.errors import RevtrainError
+from revtrain.kernels.pieces import pixel_pieces
 from revtrain.layers.channels import channel_dim, check_dim, per_channel
 
 
@@ -87,12 +87,13 @@ class ActNorm(InvertibleLayer):
         centre, scale, shift = self._values(y)
         others = self._other_dims(y)
         dlog_scale, dshift = torch.zeros_like(scale.flatten()), torch.zeros_like(shift.flatten())
-        for sl in batch_pieces(y, self.piece_bytes):
-            y[sl].sub_(shift)
-            dshift += dy[sl].sum(others)
-            dlog_scale += (dy[sl] * y[sl]).sum(others)
-            y[sl].div_(scale).add_(centre)
-            dy[sl].mul_(scale)
+        for piece in pixel_pieces(y, self.piece_bytes, self.dim):
+            own_y, own_dy = y[piece.own], dy[piece.own]
+            own_y.sub_(shift)
+            dshift += own_dy.sum(others)
+            dlog_scale += (own_dy * own_y).sum(others)
+            own_y.div_(scale).add_(centre)
+            own_dy.mul_(scale)
         grads.add(self.log_scale, dlog_scale)
         grads.add(self.shift, dshift)
         return y, dy
@@ -108,6 +109,13 @@ class ActNorm(InvertibleLayer):
             per_channel(effective(self, "shift").to(dtype), x, dim),
         )
 
+    def _sum(self, x: Tensor, dtype: torch.dtype, middle: Tensor | None = None) -> Tensor:
+        """Sum over all but the channels of x, or of its squared distance from `middle`, piece by piece."""
+        others = self._other_dims(x)
+        own = (x[piece.own] for piece in pixel_pieces(x, self.piece_bytes, self.dim))
+        sums = [(each if middle is None else (each - middle).square()).sum(others, dtype=dtype) for each in own]
+        return torch.stack(sums).sum(0)
+
     def _other_dims(self, x: Tensor) -> list[int]:
         dim = channel_dim(x, self.dim, self.channels, self)
         return [each for each in range(x.dim()) if each != dim]
@@ -122,22 +130,15 @@ class ActNorm(InvertibleLayer):
                 "ActNorm met its first batch in a replica of DataParallel, which is thrown away after the pass.\n"
                 "Let one batch pass through the model itself before you wrap it."
             )
-        dim, others = channel_dim(x, self.dim, self.channels, self), self._other_dims(x)
+        dim = channel_dim(x, self.dim, self.channels, self)
         wide = torch.float32 if x.device.type == "mps" else torch.float64
         count = _sum_over_processes(torch.tensor(x.numel() / self.channels, dtype=wide, device=x.device))
-        mean = _sum_over_processes(_sum(x, others, self.piece_bytes, wide)) / count
+        mean = _sum_over_processes(self._sum(x, wide)) / count
         middle = per_channel(mean.to(torch.promote_types(x.dtype, torch.float32)), x, dim)
-        squares = _sum_over_processes(_sum(x, others, self.piece_bytes, wide, middle)) / count
+        squares = _sum_over_processes(self._sum(x, wide, middle)) / count
         self.centre.copy_(mean)
         self.spread.copy_((squares + self.eps).sqrt())
         self.initialised = True
-
-
-def _sum(x: Tensor, dims: list[int], piece_bytes: int, dtype: torch.dtype, middle: Tensor | None = None) -> Tensor:
-    """Sum of x over `dims`, or of its squared distance from `middle`, piece by piece."""
-    pieces = (x[sl] for sl in batch_pieces(x, piece_bytes))
-    sums = [(piece if middle is None else (piece - middle).square()).sum(dims, dtype=dtype) for piece in pieces]
-    return torch.stack(sums).sum(0)
 
 
 def _sum_over_processes(values: Tensor) -> Tensor:

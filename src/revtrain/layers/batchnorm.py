@@ -10,19 +10,36 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from revtrain.core.gradients import Gradients
 from revtrain.core.layer import InvertibleLayer
-from revtrain.core.pieces import batch_pieces
 from revtrain.core.recompute import effective, is_rewritten
 from revtrain.errors import RevtrainError
+from revtrain.kernels import (
+    Running,
+    cpu_kernels,
+    norm_activation_sums,
+    norm_constants,
+    normalise_activate_,
+    split_sums,
+    undo_norm_activation_,
+)
+from revtrain.kernels.channel_statistics import Moments
+from revtrain.kernels.pieces import batch_pieces
+from revtrain.kernels.shapes import all_but_channels, per_channel
+from revtrain.layers.activation import InvertibleLeakyReLU
 from revtrain.layers.collective import all_sum, processes
+from revtrain.layers.moments import moments
+from revtrain.layers.norm_activation import NormActivation
 
 SIGNS = ("positive", "mixed", "negative")
 
 
 class Normalisation(NamedTuple):
-    """What the inverse of a BN needs besides y: shapes (1, C, 1, ...), in the statistics' precision."""
+    """What the inverse of a BN needs besides y: (C,) each, in the statistics' precision."""
 
     mean: Tensor
     deviation: Tensor  # sqrt(biased variance + eps): the unbiased one caps the SNR near (2 B H W)^2
+    gain: Tensor
+    dgain: Tensor  # the gain's derivative by the weight
+    bias: Tensor
     of_batch: bool  # taken from the batch (training) or from the running statistics (evaluation)
 
 
@@ -121,6 +138,14 @@ class InvertibleBatchNorm2d(InvertibleLayer, _BatchNorm):
     def _load_from_state_dict(self, *args: Any) -> None:
         nn.Module._load_from_state_dict(self, *args)  # torch's batch norm would look for its count of batches
 
+    def set_signs(self, signs: Tensor | int) -> None:
+        """Other signs of the gains: 1 or -1 for all channels, or one each, (C,), where they are mixed."""
+        if isinstance(self.signs, Tensor):
+            with torch.no_grad():
+                self.signs.copy_(torch.as_tensor(signs))
+        else:
+            self.signs, self.sign = signs, "positive" if signs == 1 else "negative"
+
     def gain(self) -> Tensor:
         """sign * (|gamma| + epsilon_i), shape (C,) (Eq. 23)."""
         return self.signs * (effective(self, "weight").abs() + self.epsilon_i)
@@ -129,9 +154,11 @@ class InvertibleBatchNorm2d(InvertibleLayer, _BatchNorm):
         self._check(x)
         # The operations of forward_, in the same order: both backward modes compute the same bits.
         if self.training:
-            mean = channel_mean(x, self.piece_bytes, self.group)
+            compiled = self._compiled_moments(x)
+            mean = _with_bits_of(compiled and compiled.mean, channel_mean(x, self.piece_bytes, self.group))
             centred = x - mean
             variance = channel_mean_of_squares(centred, self.piece_bytes, self.group)
+            variance = _with_bits_of(compiled and compiled.variance, variance)
             self._update_running_statistics(mean, variance, self._count(x))
         else:
             mean, variance = per_channel(self.running_mean, x), per_channel(self.running_var, x)
@@ -141,20 +168,18 @@ class InvertibleBatchNorm2d(InvertibleLayer, _BatchNorm):
         gain = per_channel(self.gain().to(mean.dtype), x)
         return centred * (gain / deviation) + bias
 
+    def _compiled_moments(self, x: Tensor) -> Moments | None:
+        """Those of `forward_` where compiled passes take sums in an order of their own; else None."""
+        own = x.detach()
+        if processes(self.group) > 1 or not cpu_kernels.serves(own):
+            return None
+        return moments(own, 1.0, statistics_dtype(x), self.piece_bytes)
+
     def forward_(self, x: Tensor) -> tuple[Tensor, Normalisation]:
-        self._check(x)
-        if not self.training:
-            saved = self._of_running_statistics(x)
-            return self.recompute_(x, saved), saved
-        mean = channel_mean(x, self.piece_bytes, self.group)
-        x.sub_(mean)
-        variance = channel_mean_of_squares(x, self.piece_bytes, self.group)
-        self._update_running_statistics(mean, variance, self._count(x))
-        saved = Normalisation(mean, torch.sqrt(variance + self.eps), True)
-        return self._scale_(x, saved), saved
+        return self.run_forward_(x)
 
     def recompute_(self, x: Tensor, saved: Normalisation) -> Tensor:
-        return self._scale_(x.sub_(saved.mean), saved)
+        return self.run_again_(x, saved)[0]
 
     def stand_in(self, y: Tensor) -> Normalisation:
         if self.training:
@@ -163,40 +188,97 @@ class InvertibleBatchNorm2d(InvertibleLayer, _BatchNorm):
                 "Call eval() to use the running statistics, or hand over the `saved` that forward_ returned."
             )
         self._check(y)
-        return self._of_running_statistics(y)
+        return self._of_running_statistics()
 
     def inverse_(self, y: Tensor, saved: Normalisation) -> Tensor:
-        gain, bias = self._gain_and_bias(saved)
-        return y.sub_(bias).mul_(saved.deviation / gain).add_(saved.mean)
+        factor = per_channel(saved.deviation / saved.gain, y)
+        return y.sub_(per_channel(saved.bias, y)).mul_(factor).add_(per_channel(saved.mean, y))
 
     def backward_(self, y: Tensor, dy: Tensor, saved: Normalisation, grads: Gradients) -> tuple[Tensor, Tensor]:
         if is_rewritten(self, "weight", "bias"):  # autograd knows what they are made of
             return super().backward_(y, dy, saved, grads)
-        gain, bias = self._gain_and_bias(saved)
-        xhat = y.sub_(bias).div_(gain)
-        dbias, dgain = _sums_for_affine(xhat, dy, self.piece_bytes)
-        if saved.of_batch:  # through the mean and the variance, too
-            count = self._count(y)
-            sum_dy, sum_dy_xhat = all_sum(torch.stack([dbias, dgain]), self.group)
-            for sl in batch_pieces(dy, self.piece_bytes):
-                dy[sl].sub_(xhat[sl] * (sum_dy_xhat / count)).sub_(sum_dy / count)
-        dy.mul_(gain / saved.deviation)
-        grads.add(self.bias, dbias.flatten())
-        grads.add(self.weight, dgain.flatten() * torch.sign(self.weight) * self.signs)
-        return xhat.mul_(saved.deviation).add_(saved.mean), dy
+        return self.run_back_(y, dy, saved, grads)
 
-    def _scale_(self, centred: Tensor, saved: Normalisation) -> Tensor:
-        gain, bias = self._gain_and_bias(saved)
-        return centred.mul_(gain / saved.deviation).add_(bias)
+    def joined_with(self, following: InvertibleLayer) -> InvertibleLayer | None:
+        if type(self) is not InvertibleBatchNorm2d or is_rewritten(self, "weight", "bias"):
+            return None
+        if not isinstance(following, InvertibleLeakyReLU) or type(following).forward is not InvertibleLeakyReLU.forward:
+            return None
+        return NormActivation(self, following)
 
-    def _gain_and_bias(self, saved: Normalisation) -> tuple[Tensor, Tensor]:
-        dtype = saved.mean.dtype
-        gain, bias = self.gain().detach().to(dtype), effective(self, "bias").detach().to(dtype)
-        return gain.view_as(saved.mean), bias.view_as(saved.mean)
+    # With a LeakyReLU of slope n behind it, which takes no pass of its own; n = 1: none.
 
-    def _of_running_statistics(self, x: Tensor) -> Normalisation:
-        deviation = torch.sqrt(self.running_var + self.eps)
-        return Normalisation(per_channel(self.running_mean.clone(), x), per_channel(deviation, x), False)
+    def run_forward_(self, x: Tensor, slope: float = 1.0) -> tuple[Tensor, Normalisation]:
+        """(y, saved) of x, in place."""
+        self._check(x)
+        if self.training:
+            mean, variance = moments(x, 1.0, statistics_dtype(x), self.piece_bytes, self.group)
+            running = Running(self.running_mean, self.running_var, None, self._share_of_batch(), self._count(x))
+            saved = self._normalisation(mean, variance, True, running)
+        else:
+            saved = self._of_running_statistics()
+        return self.run_again_(x, saved, slope)[0], saved
+
+    def run_again_(
+        self, x: Tensor, saved: Normalisation, slope: float = 1.0, with_signs: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """(y, signs of what the LeakyReLU is given) of x, in place."""
+        x = x.contiguous()
+        signs = normalise_activate_(
+            x,
+            saved.mean,
+            saved.deviation,
+            saved.gain,
+            saved.bias,
+            slope,
+            with_signs=with_signs,
+            piece_bytes=self.piece_bytes,
+        )
+        return x, signs
+
+    def run_back_(
+        self,
+        y: Tensor,
+        dy: Tensor,
+        saved: Normalisation,
+        grads: Gradients,
+        slope: float = 1.0,
+        signs: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(x, dx) of (y, dy), in place."""
+        y, dy = y.contiguous(), dy.contiguous()
+        mean, deviation, gain, dgain, bias, of_batch = saved
+        own = norm_activation_sums(y, dy, signs, gain, bias, slope, piece_bytes=self.piece_bytes)
+        sums = all_sum(own, self.group) if of_batch else None  # through the mean and the variance, too
+        undo_norm_activation_(
+            y,
+            dy,
+            signs,
+            mean,
+            deviation,
+            gain,
+            bias,
+            slope,
+            sums,
+            self._count(y),
+            piece_bytes=self.piece_bytes,
+        )
+        dbias, dweight = split_sums(own, factor=dgain)
+        grads.add(self.bias, dbias)
+        grads.add(self.weight, dweight)
+        return y, dy
+
+    def _normalisation(
+        self, mean: Tensor, variance: Tensor, of_batch: bool, running: Running | None = None
+    ) -> Normalisation:
+        weight, bias = (effective(self, name).detach() for name in ("weight", "bias"))
+        constants = norm_constants(
+            mean, variance, weight, bias, self.eps, epsilon_i=self.epsilon_i, signs=self.signs, running=running
+        )
+        return Normalisation(mean, constants.deviation, constants.gain, constants.dgain, constants.bias, of_batch)
+
+    def _of_running_statistics(self) -> Normalisation:
+        return self._normalisation(self.running_mean.clone(), self.running_var, False)
 
     def _check(self, x: Tensor) -> None:
         if x.dim() < 2 or x.shape[1] != self.channels:
@@ -209,11 +291,15 @@ class InvertibleBatchNorm2d(InvertibleLayer, _BatchNorm):
         """Values a channel, in all processes."""
         return x.numel() // self.channels * processes(self.group)
 
+    def _share_of_batch(self) -> float:
+        """Of the batch that is seen now, in the running statistics."""
+        if self.momentum is not None:
+            return self.momentum
+        self.batches += 1
+        return 1 / self.batches
+
     def _update_running_statistics(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        share = self.momentum
-        if share is None:
-            self.batches += 1
-            share = 1 / self.batches
+        share = self._share_of_batch()
         # The running variance is the unbiased one, as torch keeps it; only the inverse needs the biased one.
         unbiased = variance * (count / max(1, count - 1))
         for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
@@ -221,16 +307,6 @@ class InvertibleBatchNorm2d(InvertibleLayer, _BatchNorm):
 
 
 InvertibleBatchNorm = InvertibleBatchNorm2d
-
-
-def per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """`values` (C,) as (1, C, 1, ...), with as many dimensions as x (B, C, ...)."""
-    return values.view(1, -1, *[1] * (x.dim() - 2))
-
-
-def all_but_channels(x: Tensor) -> tuple[int, ...]:
-    """The dimensions of x (B, C, ...) other than that of the channels."""
-    return 0, *range(2, x.dim())
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -255,20 +331,23 @@ def channel_mean_of_squares(x: Tensor, piece_bytes: int, group: Any = None) -> T
     return _combine(sums, x, dtype, group)
 
 
+class _WithBits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, computed: Tensor) -> Tensor:
+        return values.view_as(computed)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient
+
+
+def _with_bits_of(values: Tensor | None, computed: Tensor) -> Tensor:
+    """`computed`, with its gradient, where it is known to the last bit: `values`, in any shape."""
+    return computed if values is None else _WithBits.apply(values, computed)
+
+
 def _combine(sums: list[Tensor], x: Tensor, dtype: torch.dtype, group: Any) -> Tensor:
     # The pieces' sums are few and small: adding them in float64 costs nothing (MPS has none).
     wide = dtype if x.device.type == "mps" else torch.float64
     count = x.numel() // x.shape[1] * processes(group)
     return (all_sum(torch.stack(sums).to(wide).sum(0), group) / count).to(dtype)
-
-
-def _sums_for_affine(xhat: Tensor, dy: Tensor, piece_bytes: int) -> tuple[Tensor, Tensor]:
-    """(sum of dy, sum of dy * xhat) over all but the channels, each (1, C, 1, ...): the gradients of bias and gain."""
-    dtype = statistics_dtype(dy)
-    others = all_but_channels(dy)
-    dbias = per_channel(torch.zeros(dy.shape[1], dtype=dtype, device=dy.device), dy)
-    dgain = torch.zeros_like(dbias)
-    for sl in batch_pieces(dy, piece_bytes):
-        dbias += dy[sl].sum(others, keepdim=True, dtype=dtype)
-        dgain += (dy[sl] * xhat[sl]).sum(others, keepdim=True, dtype=dtype)
-    return dbias, dgain

@@ -61,7 +61,8 @@ class BoundedConv2d(nn.Conv2d):
             back = F.conv_transpose2d(
                 F.conv2d(self.direction, self.weight, padding=padding), self.weight, padding=padding
             )
-            self.direction.copy_(back / back.norm().clamp_min(torch.finfo(back.dtype).tiny))
+            norm = back.norm()  # of weights that are all zero it is zero, and any direction as good as another
+            self.direction.copy_(torch.where(norm > 0, back / norm, self.direction))
         gain = F.conv2d(self.direction, self.weight, padding=padding).norm()
         self.weight.mul_((self.max_gain / gain).clamp_max(1.0))
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from revtrain.core.gradients import Gradients
 from revtrain.core.layer import InvertibleLayer
-from revtrain.core.pieces import batch_pieces
 from revtrain.core.recompute import effective, is_rewritten
 from revtrain.errors import RevtrainError
+from revtrain.kernels.pieces import pixel_pieces
 from revtrain.layers.channels import channel_dim, check_dim
 
 
@@ -65,19 +65,20 @@ class InvertibleConv1x1(InvertibleLayer):
         dim, inverse = self._channel_dim(y), self._inverse_matrix()
         dweight = torch.zeros_like(self.weight, dtype=_precision(y))
         wanted = bool(grads.wanted([self.weight]))
-        for sl in batch_pieces(y, self.piece_bytes):
-            y[sl].copy_(_mix(inverse, y[sl], dim))
+        for piece in pixel_pieces(y, self.piece_bytes, dim):
+            own_y, own_dy = y[piece.own], dy[piece.own]
+            own_y.copy_(_mix(inverse, own_y, dim))
             if wanted:
-                dweight += _channel_products(dy[sl], y[sl], dim)
-            dy[sl].copy_(_mix(self.weight.T, dy[sl], dim))
+                dweight += _channel_products(own_dy, own_y, dim)
+            own_dy.copy_(_mix(self.weight.T, own_dy, dim))
         if wanted:
             grads.add(self.weight, dweight)
         return y, dy
 
     def _mix_(self, matrix: Tensor, x: Tensor) -> Tensor:
         dim = self._channel_dim(x)
-        for sl in batch_pieces(x, self.piece_bytes):
-            x[sl].copy_(_mix(matrix, x[sl], dim))
+        for piece in pixel_pieces(x, self.piece_bytes, dim):
+            x[piece.own].copy_(_mix(matrix, x[piece.own], dim))
         return x
 
     def _channel_dim(self, x: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Additive coupling: y1 = x1 + F(x2), y2 = x2 + G(y1), undone as x2 = y2 - G(y1), x1 = y1 - F(x2) (Eqs. 8, 9).
+"""Additive coupling: y1 = x1 + F(x2), y2 = x2 + G(y1), undone as x2 = y2 - G(y1), x1 = y1 - F(x2), as in RevNet.
 
 What F and G are decides how the backward pass runs through them:
 
@@ -20,16 +20,24 @@ from torch import Tensor, nn
 
 from revtrain.core.gradients import Gradients
 from revtrain.core.hooks import has_hooks
-from revtrain.core.layer import InvertibleLayer
+from revtrain.core.layer import InvertibleLayer, Take
 from revtrain.core.names import former_names
 from revtrain.core.precision import read_dtype
 from revtrain.core.state_format import PLAIN, StateFormat
 from revtrain.errors import RevtrainError
+from revtrain.kernels.pieces import Index
+from revtrain.kernels.shapes import memory_format_of
 from revtrain.layers.bounded import BoundedConv2d
 from revtrain.layers.channels import Split, part_sizes
 from revtrain.layers.per_sample import check_per_sample
 from revtrain.layers.prenorm import PreNorm, PreNormPass
-from revtrain.layers.residual_pass import LayerwisePass, RecomputedPass, ResidualPass, ResidualSum, convolution_format
+from revtrain.layers.residual_pass import (
+    LayerwisePass,
+    RecomputedPass,
+    ResidualPass,
+    ResidualSum,
+    convolutions_read_channels_last,
+)
 
 
 class AdditiveCoupling(InvertibleLayer):
@@ -45,7 +53,7 @@ class AdditiveCoupling(InvertibleLayer):
         state_format: the number format of x and y, that of the chain around it. On a grid (any but plain) the inverse
             is exact at any depth. Formerly `stream`.
         channels_last: hand F and G their inputs in the memory format that convolutions are fastest in (see
-            `convolution_format`) rather than always contiguous. They must not `view` them, then.
+            `convolutions_read_channels_last`) rather than always contiguous. They must not `view` them, then.
 
     `overflows` counts the values that left the range of the format's grid in forward passes.
     Raises `RevtrainError` for an odd number of channels.
@@ -128,6 +136,29 @@ class AdditiveCoupling(InvertibleLayer):
         self._pass_through("f", y, context, saved[0]).undo_(y2, y1, dy2, dy1, saved[0], grads)
         return y, dy
 
+    def backward_from_(
+        self, x: Tensor, dy: Tensor, saved: Any, grads: Gradients, take: Take, *context: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if self.g is None:
+            return super().backward_from_(x, dy, saved, grads, take, *context)
+        f, g = (self._pass_through(which, x, context, each) for which, each in zip("fg", saved, strict=True))
+        if not (
+            isinstance(f, RecomputedPass)
+            and isinstance(g, RecomputedPass)
+            and f.works_on_its_samples(saved[0])
+            and g.works_on_its_samples(saved[1])
+            and saved[0].pieces == saved[1].pieces
+        ):
+            return super().backward_from_(x, dy, saved, grads, take, *context)
+        between = (slice(None),) * (self.dim % x.dim() - 1)
+        channels = slice(0, self.sizes[0]), slice(self.sizes[0], None)
+
+        def take_part(y: Tensor, samples: Index, part: int) -> None:
+            take(y, (*samples, *between, channels[part]))
+
+        f.undo_together(g, self._parts(x), self._parts(dy), saved, grads, take_part)
+        return x, dy
+
     def _added(self, which: str, target: Tensor, source: Tensor, context: tuple[Tensor, ...]) -> Tensor:
         """target + s F(source), by ordinary autograd."""
         return self.residual_sum.added(target, self._residual(which, target, source, context))
@@ -135,7 +166,8 @@ class AdditiveCoupling(InvertibleLayer):
     def _residual(self, which: str, target: Tensor, source: Tensor, context: tuple[Tensor, ...]) -> Tensor:
         """F(source), of what the lean form hands to F, too: a dense tensor of its own."""
         through = self._pass_through(which, source, context)
-        own = source.to(read_dtype(source)).contiguous(memory_format=self._memory_format(source))
+        memory_format = memory_format_of(source, self._reads_channels_last(source))
+        own = source.to(read_dtype(source)).contiguous(memory_format=memory_format)
         if own is source and may_write_its_input(through.function):
             own = own.clone()
         looks = own is source and not (torch.compiler.is_compiling() or own.is_inference())
@@ -163,13 +195,13 @@ class AdditiveCoupling(InvertibleLayer):
             )
         return x.narrow(dim, 0, first), x.narrow(dim, first, second)
 
-    def _memory_format(self, x: Tensor) -> torch.memory_format:
-        return convolution_format(x) if self.channels_last else torch.contiguous_format
+    def _reads_channels_last(self, x: Tensor) -> bool:
+        return self.channels_last and convolutions_read_channels_last(x)
 
     def _pass_through(self, which: str, x: Tensor, context: tuple[Tensor, ...] = (), saved: Any = None) -> ResidualPass:
         """The way through `f` or `g`; on the way back that on which `saved` was kept."""
         function, overflows = getattr(self, which), getattr(self, "overflows", None)
-        common = (function, self.residual_sum, self.piece_bytes, overflows, self._memory_format(x))
+        common = (function, self.residual_sum, self.piece_bytes, overflows, self._reads_channels_last(x))
         name = f"{which} of {type(self).__name__}, a {type(function).__name__}"
         if isinstance(function, InvertibleLayer):
             return LayerwisePass(*common, name=name, context=context)

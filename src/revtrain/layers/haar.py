@@ -8,9 +8,9 @@ from torch import Tensor
 
 from revtrain.core.gradients import Gradients
 from revtrain.core.layer import InvertibleLayer
-from revtrain.core.pieces import batch_pieces
 from revtrain.errors import RevtrainError
-from revtrain.layers.pooling import pixel_shuffle, pixel_unshuffle
+from revtrain.kernels.pieces import pixel_pieces
+from revtrain.layers.pooling import ChannelPooling, pixel_shuffle, pixel_unshuffle
 
 
 class HaarPooling(InvertibleLayer):
@@ -27,6 +27,10 @@ class HaarPooling(InvertibleLayer):
     Raises `RevtrainError` for other numbers of dimensions, odd sizes, or an inverse of channels that 4 does not divide.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.pooling = ChannelPooling()
+
     def forward(self, x: Tensor) -> Tensor:
         _check_pixels(x)
         return _sums_and_differences(pixel_unshuffle(x))
@@ -40,19 +44,16 @@ class HaarPooling(InvertibleLayer):
 
     def recompute_(self, x: Tensor, saved: None) -> Tensor:
         _check_pixels(x)
-        x = x.contiguous()
-        for sl in batch_pieces(x, self.piece_bytes):
-            x[sl].view(-1).copy_(self.forward(x[sl]).view(-1))
-        b, c, h, w = x.shape
-        return x.view(b, 4 * c, h // 2, w // 2)
+        return self._mix_(self.pooling.recompute_(x, None))
 
     def inverse_(self, y: Tensor, saved: None) -> Tensor:
         _check_channels(y)
-        y = y.contiguous()
-        for sl in batch_pieces(y, self.piece_bytes):
-            y[sl].view(-1).copy_(self.inverse(y[sl]).view(-1))
-        b, c, h, w = y.shape
-        return y.view(b, c // 4, 2 * h, 2 * w)
+        return self.pooling.inverse_(self._mix_(y.contiguous()), None)
+
+    def _mix_(self, y: Tensor) -> Tensor:
+        for piece in pixel_pieces(y, self.piece_bytes):
+            y[piece.own].copy_(_sums_and_differences(y[piece.own]))
+        return y
 
     def backward_(self, y: Tensor, dy: Tensor, saved: None, grads: Gradients) -> tuple[Tensor, Tensor]:
         return self.inverse_(y, saved), self.inverse_(dy, saved)

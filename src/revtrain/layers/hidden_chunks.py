@@ -15,7 +15,7 @@ inside F is inverted, so there is no noise of such inverses, and the activation 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,14 +25,15 @@ from torch import Tensor, nn
 from revtrain.core.gradients import Gradients
 from revtrain.core.hooks import has_hooks
 from revtrain.core.names import former_names
-from revtrain.core.pieces import batch_pieces, join, rounds
 from revtrain.core.precision import autocast_dtype
 from revtrain.core.recompute import is_rewritten
 from revtrain.core.state_format import PLAIN, StateFormat
 from revtrain.errors import RevtrainError
-from revtrain.layers.batchnorm import channel_mean
+from revtrain.kernels.pieces import Piece, channels_of, join, pieces, points, rounds
+from revtrain.layers.batchnorm import statistics_dtype
 from revtrain.layers.collective import all_sum, processes
 from revtrain.layers.coupling import AdditiveCoupling
+from revtrain.layers.moments import moments
 from revtrain.layers.norm_pieces import (
     count_batch,
     running_statistics,
@@ -42,6 +43,7 @@ from revtrain.layers.norm_pieces import (
 )
 from revtrain.layers.residual_pass import ResidualPass, ResidualSum
 
+REACH = (1,)  # of each convolution, in pixels
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
@@ -57,6 +59,7 @@ class Activation(nn.Module):
     """
 
     draws_nothing = True  # random numbers
+    reach = 0  # it looks at no neighbours
 
     def __init__(self, name: str = "relu", inplace: bool = False):
         super().__init__()
@@ -181,7 +184,7 @@ class _HiddenChunksPass(ResidualPass):
         means, inverse_deviations = [], []
         for k in rounds(self.chunks):
             z = self._hidden(source, k)
-            mean, variance = _mean_and_variance(z, self.piece_bytes, self.group)
+            mean, variance = map(_per_channel, moments(z, 1.0, statistics_dtype(z), self.piece_bytes, self.group))
             statistics = _Statistics(mean, (variance + norm.eps).rsqrt(), True)
             update_running_statistics(norm, mean.flatten(), variance.flatten(), _count(z, self.group), k)
             self._add_output(z, target, k, statistics, 1, self.overflows)
@@ -195,8 +198,8 @@ class _HiddenChunksPass(ResidualPass):
 
     def stand_in(self, source: Tensor) -> _Statistics:
         norm = self.function.norm
-        mean, variance, _ = stand_in_statistics(norm, self.name)
-        return _Statistics(_per_channel(mean), _per_channel((variance + norm.eps).rsqrt()), False)
+        mean, deviation, *_ = stand_in_statistics(norm, self.name)
+        return _Statistics(_per_channel(mean), _per_channel(deviation.reciprocal()), False)
 
     def undo_(self, source, target, dsource, dtarget, saved, grads: Gradients) -> None:
         gamma, dgamma = self.function.norm.weight, torch.empty_like(self.function.norm.weight)
@@ -224,9 +227,12 @@ class _HiddenChunksPass(ResidualPass):
         b, _, h, w = source.shape
         weight = self.function.conv1.weight[k]
         z = weight.new_empty((b, weight.shape[0], h, w), dtype=_compute_dtype(weight))
-        for sl in batch_pieces(source, self.piece_bytes):
-            z[sl] = F.conv2d(self.read(source[sl]), weight, padding=1)
+        for piece in self._pieces(source):
+            z[piece.own] = piece.crop(F.conv2d(self.read(source[piece.read]), weight, padding=1))
         return z
+
+    def _pieces(self, part: Tensor) -> Iterator[Piece]:
+        return pieces(part, self.piece_bytes, REACH)
 
     def _activated(self, z: Tensor, k: slice, statistics: _Statistics) -> Tensor:
         return self.function.activation(self._normalised(z, k, statistics))
@@ -239,23 +245,25 @@ class _HiddenChunksPass(ResidualPass):
 
     def _add_output(self, z, target, k: slice, statistics: _Statistics, sign: int, overflows=None) -> None:
         weight = self.function.conv2.weight[:, k]
-        for sl in batch_pieces(target, self.piece_bytes):
-            residual = F.conv2d(self._activated(z[sl], k, statistics), weight, padding=1)
-            self.residual_sum.add_(target[sl], residual, sign, self.piece_bytes, overflows)
+        for piece in self._pieces(target):
+            residual = F.conv2d(self._activated(z[piece.read], k, statistics), weight, padding=1)
+            self.residual_sum.add_(target[piece.own], piece.crop(residual), sign, self.piece_bytes, overflows)
 
     def _undo_output(self, source, target, dtarget, k, statistics, dweight2) -> tuple[Tensor, Tensor]:
         """Take the chunk's contribution off `target`; (z, du), and the gradient of conv2's weights."""
         weight = self.function.conv2.weight[:, k].detach()
         z = self._hidden(source, k)
-        du = torch.empty_like(z)
-        for sl in batch_pieces(target, self.piece_bytes):
-            u = self._normalised(z[sl], k, statistics).requires_grad_()
+        du = torch.zeros_like(z)
+        for piece in self._pieces(target):
+            u = self._normalised(z[piece.read], k, statistics).requires_grad_()
             with torch.enable_grad():
                 a = self.function.activation(u)
             held = a.detach()
-            self.residual_sum.add_(target[sl], F.conv2d(held, weight, padding=1), -1, self.piece_bytes)
-            da, dweight = _conv_backward(dtarget[sl] * self.residual_sum.scale, held, weight)
-            (du[sl],) = torch.autograd.grad(a, u, da.to(a.dtype))
+            residual = piece.crop(F.conv2d(held, weight, padding=1))
+            self.residual_sum.add_(target[piece.own], residual, -1, self.piece_bytes)
+            dresidual = piece.pad(dtarget[piece.own] * self.residual_sum.scale)
+            da, dweight = _conv_backward(dresidual, held, weight)
+            du[piece.read] += torch.autograd.grad(a, u, da.to(a.dtype))[0]  # halos overlap
             dweight2[:, k] += dweight
         return z, du
 
@@ -264,13 +272,13 @@ class _HiddenChunksPass(ResidualPass):
         weight = self.function.conv1.weight[k].detach()
         gain = _per_channel(self.function.norm.weight[k].detach()) * statistics.inverse_deviation
         count = _count(z, self.group)
-        for sl in batch_pieces(source, self.piece_bytes):
-            dz = du[sl] * gain
+        for piece in self._pieces(source):
+            dz = du[piece.own] * gain
             if statistics.of_batch:
-                zhat = (z[sl] - statistics.mean).mul_(statistics.inverse_deviation)
+                zhat = (z[piece.own] - statistics.mean).mul_(statistics.inverse_deviation)
                 dz = dz.sub_(zhat.mul_(s2 / count).add_(s1 / count).mul_(gain))
-            dx, dweight = _conv_backward(dz, self.read(source[sl]), weight)
-            dsource[sl].add_(dx)
+            dx, dweight = _conv_backward(piece.pad(dz), self.read(source[piece.read]), weight)
+            dsource[piece.read].add_(dx)
             dweight1[k] += dweight
 
 
@@ -301,18 +309,12 @@ def _count(z: Tensor, group: Any) -> int:
     return z.numel() // z.shape[1] * processes(group)
 
 
-def _mean_and_variance(z: Tensor, piece_bytes: int, group: Any) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over B, H, W and `group`, (1, k, 1, 1) each, in float32 or better, in two passes."""
-    mean = channel_mean(z, piece_bytes, group)
-    squares = [(z[sl] - mean).square().sum((0, 2, 3), keepdim=True) for sl in batch_pieces(z, piece_bytes)]
-    return mean, all_sum(torch.stack(squares).sum(0), group) / _count(z, group)
-
-
 def _sums(z: Tensor, du: Tensor, statistics: _Statistics, piece_bytes: int) -> tuple[Tensor, Tensor]:
     """(sum of du, sum of du zhat) over B, H, W: the gradients of beta and gamma, (1, k, 1, 1) each."""
     s1, s2 = torch.zeros_like(statistics.mean), torch.zeros_like(statistics.mean)
-    for sl in batch_pieces(du, piece_bytes):
-        s1 += du[sl].sum((0, 2, 3), keepdim=True, dtype=s1.dtype)
-        zhat = (z[sl] - statistics.mean).mul_(statistics.inverse_deviation)
-        s2 += zhat.mul_(du[sl]).sum((0, 2, 3), keepdim=True)
+    for index in points(du, piece_bytes):
+        own = channels_of(index)
+        s1[:, own] += du[index].sum((0, 2, 3), keepdim=True, dtype=s1.dtype)
+        zhat = (z[index] - statistics.mean[:, own]).mul_(statistics.inverse_deviation[:, own])
+        s2[:, own] += zhat.mul_(du[index]).sum((0, 2, 3), keepdim=True)
     return s1, s2

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,116 +12,115 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from revtrain.core.gradients import Gradients
 from revtrain.core.hooks import has_hooks
-from revtrain.core.pieces import batch_pieces
 from revtrain.errors import RevtrainError
-from revtrain.layers.batchnorm import all_but_channels, per_channel, statistics_dtype
+from revtrain.kernels import Running, add_norm_gradient_, add_norm_rest_, norm_constants, read_part, split_sums
+from revtrain.kernels.pieces import WHOLE, Index
+from revtrain.kernels.shapes import add_product_, per_channel
 from revtrain.layers.collective import all_sum, processes
+from revtrain.layers.moments import moments
 
 
 class Statistics(NamedTuple):
-    """Of a source, kept from the first pass; (C,) each."""
+    """Of a source, kept from the first pass, (C,) each; u = scale x + shift."""
 
     mean: Tensor
-    variance: Tensor  # biased
+    deviation: Tensor  # sqrt(biased variance + eps)
+    scale: Tensor
+    shift: Tensor
     of_batch: bool  # taken from the batch (training) or from the running statistics (evaluation)
 
 
+def statistics_of(
+    norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, of_batch: bool, running: Running | None = None
+) -> Statistics:
+    """What a pass needs of mean and biased variance, (C,) each, with the weights of `norm` as they are."""
+    constants = norm_constants(mean, variance, norm.weight.detach(), norm.bias.detach(), norm.eps, running=running)
+    return Statistics(mean, constants.deviation, constants.scale, constants.shift, of_batch)
+
+
 class NormOverPieces:
-    """u = BN(x) of x = read(source), and its gradient.
+    """u = BN(x) of x = unit source, and its gradient, linear in two sums (see `revtrain.kernels.norm_gradient`).
 
-    With du the gradient of u, xhat the normalised x, N values a channel and gain = gamma / sqrt(var + eps),
-
-        dx = gain du  -  gain (sum(du) + xhat sum(du xhat)) / N
-
-    is linear in two sums. Piece by piece, the first part is added to dx and the sums are gathered; the second part
-    needs the sums over the whole batch and follows in a pass of its own.
+    Piece by piece, the first part of the gradient is added to dx and the sums are gathered; the second part needs the
+    sums over the whole batch and follows in a pass of its own.
 
     Args:
         norm: the module with weights and running statistics; its `group`, if it has one, are the processes that
             share the batch.
         source: (B, C, ...), a state or a part of one.
-        read: a part of the source -> its values in floating point; not written to.
-        pieces: slices over the batch.
+        unit: what one of the source's units is worth: the grid's step for integers, else 1.
+        piece_bytes: bound of temporaries.
         statistics: of the first pass; None: this is the first pass, which updates the running statistics.
-        memory_format: of what `normalised` returns.
+        channels_last: the memory format of what `normalised` returns.
     """
 
     def __init__(
         self,
         norm: nn.BatchNorm2d,
         source: Tensor,
-        read: Callable[[Tensor], Tensor],
-        pieces: Iterable[slice],
+        unit: float,
+        piece_bytes: int,
         statistics: Statistics | None = None,
-        memory_format: torch.memory_format = torch.contiguous_format,
+        channels_last: bool = False,
     ):
-        self.memory_format = memory_format
-        self.norm, self.source, self.read, self.pieces = norm, source, read, list(pieces)
+        self.norm, self.source, self.unit = norm, source, unit
+        self.piece_bytes, self.channels_last = piece_bytes, channels_last
         self.group = getattr(norm, "group", None)
         self.count = source.numel() // source.shape[1] * processes(self.group)  # in all processes
         self.statistics = self._measure() if statistics is None else statistics
-        self._sum_du: Tensor | None = None
-        self._sum_du_x: Tensor | None = None  # of the centred x
+        self._sums: Tensor | None = None  # of du, and of du times the centred x: (2, C)
 
-    def normalised(self, sl: slice) -> Tensor:
-        """u of a piece, without a graph: one multiplication and one addition a value."""
-        mean, variance, _ = self.statistics
-        with torch.no_grad():
-            scale = self.norm.weight * (variance + self.norm.eps).rsqrt()
-            shift = self.norm.bias - mean * scale
-            x = self.read(self.source[sl])
-            if self.memory_format is torch.channels_last:  # a copy, then one pass: faster than a pass over both formats
-                x = x.clone(memory_format=self.memory_format)
-                return torch.addcmul(self._per_channel(shift), x, self._per_channel(scale), out=x)
-            return torch.addcmul(self._per_channel(shift), x, self._per_channel(scale))
-
-    def add_gradient_(self, dx: Tensor, du: Tensor, sl: slice) -> None:
-        """The first part of the gradient of a piece: dx[sl] += gain du."""
-        du = du.contiguous()
-        sums = du.sum(all_but_channels(du), dtype=self.statistics.mean.dtype)
-        sums_x = (
-            (self.read(self.source[sl]) - self._per_channel(self.statistics.mean)).mul_(du).sum(all_but_channels(du))
+    def normalised(self, where: Index, dtype: torch.dtype | None = None) -> Tensor:
+        """u of a piece, without a graph, in `dtype` or that of the statistics."""
+        _, _, scale, shift, _ = self.statistics
+        return read_part(
+            self.source[where],
+            dtype or scale.dtype,
+            unit=self.unit,
+            scale=scale,
+            shift=shift,
+            channels_last=self.channels_last,
         )
-        self._sum_du = sums if self._sum_du is None else self._sum_du + sums
-        self._sum_du_x = sums_x if self._sum_du_x is None else self._sum_du_x + sums_x
-        add_product_(dx[sl], du, self._per_channel(self._gain()))
+
+    def add_gradient_(self, dx: Tensor, du: Tensor, where: Index) -> None:
+        """The first part of the gradient of a piece: dx[where] += gain du."""
+        mean, _, scale, _, _ = self.statistics
+        self._sums = add_norm_gradient_(dx[where], du, self.source[where], mean, scale, self._sums, unit=self.unit)
 
     def finish_(self, dx: Tensor, grads: Gradients) -> None:
         """The second part, for all pieces; the gradients of gamma and beta."""
-        mean, variance = self.statistics.mean, self.statistics.variance + self.norm.eps
-        if self._sum_du is None or self._sum_du_x is None:  # nothing depends on u
+        mean, deviation, scale, _, of_batch = self.statistics
+        if self._sums is None:  # nothing depends on u
             return
-        if self.statistics.of_batch:  # through the mean and the variance, too
-            sum_du, sum_du_x = all_sum(torch.stack([self._sum_du, self._sum_du_x]), self.group)
-            slope = self._gain() * sum_du_x / (self.count * variance)
-            shift = self._gain() * sum_du / self.count - slope * mean
-            for sl in self.pieces:
-                add_product_(dx[sl], self.read(self.source[sl]), self._per_channel(-slope))
-                dx[sl].sub_(self._per_channel(shift))
-        grads.add(self.norm.bias, self._sum_du)
-        grads.add(self.norm.weight, self._sum_du_x * variance.rsqrt())
-
-    def _per_channel(self, values: Tensor) -> Tensor:
-        return per_channel(values, self.source)
-
-    def _gain(self) -> Tensor:
-        return self.norm.weight.detach() * (self.statistics.variance + self.norm.eps).rsqrt()
+        if of_batch:  # through the mean and the variance, too
+            sums = all_sum(self._sums, self.group)
+            add_norm_rest_(
+                dx,
+                self.source,
+                mean,
+                deviation,
+                scale,
+                sums,
+                self.count,
+                unit=self.unit,
+                piece_bytes=self.piece_bytes,
+            )
+        dbias, dweight = split_sums(self._sums, divisor=deviation)
+        grads.add(self.norm.bias, dbias)
+        grads.add(self.norm.weight, dweight)
 
     def _measure(self) -> Statistics:
         """Of the whole batch, in two passes, in float32 or better."""
         norm = self.norm
         if not norm.training:
             running_mean, running_variance = running_statistics(norm)
-            return Statistics(running_mean.clone(), running_variance.clone(), False)
-        others = all_but_channels(self.source)
-        mean = _add_up([_sum(self.read(self.source[sl])) for sl in self.pieces], self.group) / self.count
-        squares = [(self.read(self.source[sl]) - self._per_channel(mean)).square_().sum(others) for sl in self.pieces]
-        variance = _add_up(squares, self.group) / self.count
-        if not norm.track_running_stats:  # a recomputation
-            return Statistics(mean, variance, True)
-        count_batch(norm)
-        update_running_statistics(norm, mean, variance, self.count)
-        return Statistics(mean, variance, True)
+            return statistics_of(norm, running_mean.clone(), running_variance, False)
+        dtype = torch.promote_types(norm.weight.dtype, torch.float32)
+        mean, variance = moments(self.source, self.unit, dtype, self.piece_bytes, self.group)
+        running = None  # it is a recomputation
+        if norm.track_running_stats:
+            running = Running(*running_statistics(norm), norm.num_batches_tracked, norm.momentum, self.count)
+        return statistics_of(norm, mean, variance, True, running)
 
 
 def runs_over_pieces(norm: nn.Module) -> bool:
@@ -158,7 +156,7 @@ def stand_in_statistics(norm: nn.BatchNorm2d, name: str) -> Statistics:
             "forward pass.\nCall eval() to use the running statistics, or hand over the `saved` that forward_ returned."
         )
     mean, variance = running_statistics(norm)
-    return Statistics(mean.clone(), variance.clone(), False)
+    return statistics_of(norm, mean.clone(), variance, False)
 
 
 @torch.no_grad()
@@ -201,20 +199,16 @@ def normalise(x: Tensor, norm: nn.BatchNorm2d, piece_bytes: int) -> Tensor:
 class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d, piece_bytes: int) -> Tensor:
-        # Sums depend on the order of their terms: the states of a chain, which it stands for, are always contiguous.
-        memory_format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-        over_pieces = NormOverPieces(
-            norm, x, lambda part: part.contiguous(), batch_pieces(x, piece_bytes), memory_format=memory_format
-        )
+        over_pieces = NormOverPieces(norm, x, 1.0, piece_bytes, channels_last=not x.is_contiguous())
         ctx.statistics, ctx.eps, ctx.group = over_pieces.statistics, norm.eps, over_pieces.group
         ctx.save_for_backward(x, weight)
-        return over_pieces.normalised(slice(None)).to(x.dtype)
+        return over_pieces.normalised(WHOLE.read, x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, du: Tensor):
-        (x, weight), (mean, variance, of_batch) = ctx.saved_tensors, ctx.statistics
-        inverse_deviation, is_shared = (variance + ctx.eps).rsqrt(), of_batch and ctx.group is not None
+        (x, weight), (mean, deviation, _, _, of_batch) = ctx.saved_tensors, ctx.statistics
+        inverse_deviation, is_shared = deviation.reciprocal(), of_batch and ctx.group is not None
         if not x.numel() and not is_shared:  # torch divides by the number of values
             return (
                 torch.empty_like(x),
@@ -224,7 +218,16 @@ class _Normalise(torch.autograd.Function):
                 None,
             )
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-            du, x, weight, mean, variance, mean, inverse_deviation, of_batch and not is_shared, ctx.eps, [True] * 3
+            du,
+            x,
+            weight,
+            mean,
+            deviation.square() - ctx.eps,
+            mean,
+            inverse_deviation,
+            of_batch and not is_shared,
+            ctx.eps,
+            [True] * 3,
         )
         if is_shared:  # what goes through the mean and the variance depends on the sums of all processes
             count = x.numel() // x.shape[1] * processes(ctx.group)
@@ -234,21 +237,3 @@ class _Normalise(torch.autograd.Function):
             add_product_(dx, x, per_channel(-slope, dx))
             dx.sub_(per_channel(shift, dx))
         return dx, dweight, dbias, None, None
-
-
-def add_product_(target: Tensor, values: Tensor, factor: Tensor) -> None:
-    """target += factor values, in one pass where all are of one precision."""
-    if target.dtype == values.dtype:
-        target.addcmul_(values, factor.to(values.dtype))
-    else:
-        target.add_(values * factor)
-
-
-def _sum(x: Tensor) -> Tensor:
-    return x.sum(all_but_channels(x), dtype=statistics_dtype(x))
-
-
-def _add_up(parts: list[Tensor], group: Any) -> Tensor:
-    # The pieces' sums are few and small: adding them in float64 costs nothing (MPS has none).
-    wide = torch.float32 if parts[0].device.type == "mps" else torch.float64
-    return all_sum(torch.stack(parts).to(wide).sum(0), group).to(parts[0].dtype)

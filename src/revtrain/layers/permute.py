@@ -7,8 +7,8 @@ from torch import Tensor
 
 from revtrain.core.gradients import Gradients
 from revtrain.core.layer import InvertibleLayer
-from revtrain.core.pieces import batch_pieces
 from revtrain.errors import RevtrainError
+from revtrain.kernels.pieces import pixel_pieces
 from revtrain.layers.channels import Split, channel_dim, check_dim, part_sizes, two_parts
 
 
@@ -16,6 +16,8 @@ class _Permutation(InvertibleLayer):
     """Common part: values only change places, so the gradient is permuted back as the values are."""
 
     passes_integers = True
+
+    dim: int  # of the channels
 
     def _permuted(self, x: Tensor) -> Tensor:
         """y of x: a new tensor."""
@@ -32,13 +34,13 @@ class _Permutation(InvertibleLayer):
         return self.recompute_(x, None), None
 
     def recompute_(self, x: Tensor, saved: None) -> Tensor:
-        for sl in batch_pieces(x, self.piece_bytes):
-            x[sl].copy_(self._permuted(x[sl]))
+        for piece in pixel_pieces(x, self.piece_bytes, self.dim):
+            x[piece.own].copy_(self._permuted(x[piece.own]))
         return x
 
     def inverse_(self, y: Tensor, saved: None) -> Tensor:
-        for sl in batch_pieces(y, self.piece_bytes):
-            y[sl].copy_(self._restored(y[sl]))
+        for piece in pixel_pieces(y, self.piece_bytes, self.dim):
+            y[piece.own].copy_(self._restored(y[piece.own]))
         return y
 
     def backward_(self, y: Tensor, dy: Tensor, saved: None, grads: Gradients) -> tuple[Tensor, Tensor]:

@@ -8,20 +8,25 @@ On one channel of one image,
     11 12 15 16
 
 which ChannelPooling stacks as channels and BatchPooling as samples. Both only permute the values of one
-image, so each works inside that image's own storage.
+image, so each works inside that image's own storage; ChannelPooling even inside that of one channel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from math import prod
 
+import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from revtrain.core.gradients import Gradients
 from revtrain.core.layer import InvertibleLayer
-from revtrain.core.pieces import batch_pieces
 from revtrain.errors import RevtrainError
+from revtrain.kernels.pieces import batch_pieces, is_large, rounds
+from revtrain.layers.permuted_blocks import inverse_order, permute_blocks_
 
 
 class _PermutingPool(InvertibleLayer):
@@ -72,17 +77,59 @@ class _PermutingPool(InvertibleLayer):
         return self.recompute_(x, None), None
 
     def recompute_(self, x: Tensor, saved: None) -> Tensor:
-        x, shape = x.contiguous(), self._pooled_shape(x.shape)
-        for sl in batch_pieces(x, self.piece_bytes):
-            x[sl].view(-1).copy_(self._pool(x[sl]).reshape(-1))
+        shape = self._pooled_shape(x.shape)
+        x = self._own_storage(x)
+        for part in _contiguous_parts(x):
+            self._permute_(part)
         return x.view(shape)
 
     def inverse_(self, y: Tensor, saved: None) -> Tensor:
-        y, shape = y.contiguous(), self._unpooled_shape(y.shape)
-        images = y.view(shape[0], -1) if y.numel() else y
-        for sl in batch_pieces(images, self.piece_bytes):
-            images[sl].view(-1).copy_(self._unpool(images[sl].view(-1, *y.shape[1:])).reshape(-1))
-        return y.view(shape)
+        x = self._own_storage(y).view(self._unpooled_shape(y.shape))
+        for part in _contiguous_parts(x):
+            self._permute_(part, back=True)
+        return x
+
+    def _own_storage(self, x: Tensor) -> Tensor:
+        """x, or a copy where its values do not lie side by side."""
+        return x.contiguous()
+
+    def _permute_(self, x: Tensor, back: bool = False) -> None:
+        """The values of x, contiguous, change places, so that its memory holds y; `back`: the other way round."""
+        units = self._units(x)
+        if not is_large(units, self.piece_bytes):
+            for sl in batch_pieces(units, self.piece_bytes):
+                own = units[sl]
+                moved = self._unpool(own.view(self._pooled_shape(own.shape))) if back else self._pool(own)
+                own.view(-1).copy_(moved.reshape(-1))
+            return
+        parts, order = x.shape[-1] // self.factor, self._order(units.shape[1:])
+        order = inverse_order(order) if back else order
+        for unit in rounds(units):
+            blocks = unit.view(-1, parts)
+            if back:
+                permute_blocks_(blocks, order, self.piece_bytes)
+                self._turn_rows_(unit, (self.factor, parts))
+            else:
+                self._turn_rows_(unit, (parts, self.factor))
+                permute_blocks_(blocks, order, self.piece_bytes)
+
+    # Where the values that change places with each other, a unit, are more than a piece: first each row is cut into its
+    # r parts, in place; then these blocks change places.
+
+    def _units(self, x: Tensor) -> Tensor:
+        """x (B, C, ...) as (units, C or 1, ...)."""
+        raise NotImplementedError
+
+    def _turn_rows_(self, unit: Tensor, sides: tuple[int, int]) -> None:
+        rows = unit.view(-1, *sides)
+        for sl in batch_pieces(rows, self.piece_bytes):
+            rows[sl].view(-1).copy_(rows[sl].transpose(1, 2).reshape(-1))
+
+    def _order(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Which block comes to each place, for a unit of this shape (C, H, ...)."""
+        numbers = np.arange(prod(shape[:-1]) * self.factor).reshape(1, *shape[:-1], self.factor)
+        with unset_fake_temporarily():
+            return tuple(self._pool(torch.from_numpy(numbers)).flatten().tolist())
 
     def backward_(self, y: Tensor, dy: Tensor, saved: None, grads: Gradients) -> tuple[Tensor, Tensor]:
         return self.inverse_(y, saved), self.inverse_(dy, saved)
@@ -121,6 +168,12 @@ class ChannelPooling(_PermutingPool):
     """(B, C, H, W) -> (B, r^2 C, H/r, W/r), Eq. 29a; channel c becomes channels r^2 c to r^2 c + r^2 - 1. Also for
     (B, C, L) and (B, C, D, H, W), with r and r^3 in the place of r^2."""
 
+    def _own_storage(self, x: Tensor) -> Tensor:
+        return x if all(each.is_contiguous() for each in x[:1]) else x.contiguous()  # samples may lie apart
+
+    def _units(self, x: Tensor) -> Tensor:
+        return x.view(-1, 1, *x.shape[2:])
+
     def _pool(self, x: Tensor) -> Tensor:
         n = x.dim() - 2
         return self._cut(x).permute(0, 1, *range(3, 3 + 2 * n, 2), *range(2, 2 + 2 * n, 2))
@@ -144,12 +197,37 @@ class ChannelPooling(_PermutingPool):
         return shape[0], shape[1] // parts, *self._larger_sides(shape)
 
 
+class ChannelUnpooling(ChannelPooling):
+    """The inverse of `ChannelPooling` as a layer, (B, r^2 C, H, W) -> (B, C, r H, r W): the way up in a U-Net."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().inverse(x)
+
+    def inverse(self, y: Tensor, saved: None = None) -> Tensor:
+        return super().forward(y)
+
+    def forward_(self, x: Tensor) -> tuple[Tensor, None]:
+        return super().inverse_(x, None), None
+
+    def recompute_(self, x: Tensor, saved: None) -> Tensor:
+        return super().inverse_(x, None)
+
+    def inverse_(self, y: Tensor, saved: None) -> Tensor:
+        return super().recompute_(y, None)
+
+    def backward_(self, y: Tensor, dy: Tensor, saved: None, grads: Gradients) -> tuple[Tensor, Tensor]:
+        return super().recompute_(y, None), super().recompute_(dy, None)
+
+
 class BatchPooling(_PermutingPool):
     """(B, C, H, W) -> (r^2 B, C, H/r, W/r), Eq. 29c; image b becomes samples r^2 b to r^2 b + r^2 - 1. Also for
     (B, C, L) and (B, C, D, H, W), with r and r^3 in the place of r^2.
 
     Channels stay as they are; `merge_sub_images` brings the parts of an image together again in the head.
     """
+
+    def _units(self, x: Tensor) -> Tensor:
+        return x
 
     def _pool(self, x: Tensor) -> Tensor:
         n = x.dim() - 2
@@ -174,6 +252,11 @@ class BatchPooling(_PermutingPool):
         return shape[0] // parts, shape[1], *self._larger_sides(shape)
 
 
+def _contiguous_parts(x: Tensor) -> Iterable[Tensor]:
+    """x, or its samples where these do not lie side by side, as in some of the channels of a state."""
+    return [x] if x.is_contiguous() else x.split(1)
+
+
 def pixel_unshuffle(x: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, 4C, H/2, W/2); torch's own loses the shape of an empty batch."""
     b, c, h, w = x.shape
@@ -188,7 +271,7 @@ def pixel_shuffle(y: Tensor) -> Tensor:
 
 def merge_sub_images(features: Tensor, sub_images: int) -> Tensor:
     """(B * sub_images, C) -> (B, C): the mean over the parts that batch pooling made of each image."""
-    return features.view(-1, sub_images, features.shape[1]).mean(1)
+    return features if sub_images == 1 else features.view(-1, sub_images, features.shape[1]).mean(1)
 
 
 def check_pooling(pooling: Sequence[str], image_size: int) -> None:

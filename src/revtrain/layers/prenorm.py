@@ -18,13 +18,12 @@ from torch import Tensor, nn
 
 from revtrain.core.hooks import has_hooks
 from revtrain.core.layer import context_for
-from revtrain.core.pieces import MIB, batch_pieces
-from revtrain.core.precision import read_dtype
 from revtrain.core.recompute import FirstRun, SecondRun, is_rewritten, parameters_of
 from revtrain.errors import RevtrainError
+from revtrain.kernels.pieces import MIB, WHOLE, Piece
 from revtrain.layers.norm_pieces import NormOverPieces, Statistics, normalise, runs_over_pieces, stand_in_statistics
 from revtrain.layers.per_sample import is_a_norm_of_each_sample
-from revtrain.layers.residual_pass import ResidualPass, floating_dtype, undo_piece
+from revtrain.layers.residual_pass import ResidualPass, floating_dtype
 
 
 class PreNorm(nn.Module):
@@ -89,8 +88,10 @@ class PreNormPass(ResidualPass):
 
     def add_(self, source: Tensor, target: Tensor) -> tuple[Statistics, FirstRun]:
         norm, first = self._norm(source), FirstRun(self.function.body, source.device, f"{self.name}.body")
-        for sl, residual in first.in_pieces(norm.pieces, lambda sl: self._normalised(norm, sl), *self.body_context):
-            self.residual_sum.add_(target[sl], self.fits(residual, target[sl]), 1, self.piece_bytes, self.overflows)
+        for piece, residual in first.in_pieces(
+            self._pieces(source), lambda piece: self._normalised(norm, piece), *self.body_context
+        ):
+            self.add_piece_(target, residual, piece, 1, self.overflows)
             del residual
         return norm.statistics, first.end()
 
@@ -98,9 +99,9 @@ class PreNormPass(ResidualPass):
         statistics, first = saved
         norm = self._norm(source, statistics)
         with SecondRun(first) as again:
-            for sl in self._pieces(source) if first.must_be_pure else first.pieces:
-                residual = again(self._normalised(norm, sl), *self.body_context)
-                self.residual_sum.add_(target[sl], residual, sign, self.piece_bytes)
+            for piece in self._pieces(source) if first.must_be_pure else first.pieces:
+                residual = again(self._normalised(norm, piece), *self.body_context)
+                self.add_piece_(target, residual, piece, sign)
 
     def stand_in(self, source: Tensor) -> tuple[Statistics, FirstRun]:
         statistics = stand_in_statistics(self.function.norm, self.name)
@@ -110,37 +111,31 @@ class PreNormPass(ResidualPass):
         statistics, first = saved
         norm, wanted = self._norm(source, statistics), grads.wanted(parameters_of(self.function.body))
         with SecondRun(first, wanted) as again:
-            for sl in first.pieces:
-                leaf = self._normalised(norm, sl).requires_grad_()
-                du = undo_piece(
-                    again,
-                    self.residual_sum,
-                    leaf,
-                    target[sl],
-                    dtarget[sl],
-                    wanted,
-                    grads,
-                    self.piece_bytes,
-                    self.body_context,
-                )
+            for piece in first.pieces:
+                leaf = self._normalised(norm, piece).requires_grad_()
+                du = self.undo_piece_(again, leaf, target, dtarget, piece, wanted, grads, self.body_context)
                 del leaf
                 if du is not None:
-                    norm.add_gradient_(dsource, du, sl)
+                    norm.add_gradient_(dsource, du, piece.read)
                 del du
         norm.finish_(dsource, grads)
 
-    def _normalised(self, norm: NormOverPieces, sl: slice) -> Tensor:
-        u = norm.normalised(sl)
-        return u.to(read_dtype(u))
+    def _normalised(self, norm: NormOverPieces, piece: Piece) -> Tensor:
+        return norm.normalised(piece.read, self.reads(norm.source, self.function.body))
 
     def _norm(self, source: Tensor, statistics: Statistics | None = None) -> NormOverPieces:
         return NormOverPieces(
-            self.function.norm, source, self.view, self._pieces(source), statistics, self.memory_format
+            self.function.norm,
+            source,
+            self.residual_sum.state_format.unit,
+            self.piece_bytes,
+            statistics,
+            self.channels_last,
         )
 
-    def _pieces(self, source: Tensor) -> Iterator[slice]:
+    def _pieces(self, source: Tensor) -> Iterator[Piece]:
         if self.body_context or any(map(has_hooks, self.function.body.modules())):
-            return iter([slice(None)])
+            return iter([WHOLE])
         # By the bytes of what the body reads: the state itself may be narrower.
         wide = floating_dtype(self.function).itemsize
-        return batch_pieces(source, self.piece_bytes * source.element_size() // wide)
+        return self.pieces_for(self.function.body, source, self.piece_bytes * source.element_size() // wide)

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from revtrain.core.pieces import MIB
 from revtrain.errors import RevtrainError
+from revtrain.kernels.pieces import MIB
 from revtrain.layers.batchnorm import InvertibleBatchNorm2d
 from revtrain.layers.norm_pieces import normalise
 

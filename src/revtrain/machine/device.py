@@ -7,6 +7,7 @@ import platform
 from typing import Any
 
 import torch
+from torch import nn
 
 from revtrain.errors import RevtrainError
 
@@ -16,7 +17,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def present_devices() -> dict[str, str]:
     """The devices of this machine: {"cpu": "x86_64", "cuda:0": "NVIDIA H200", ...}."""
-    devices = {"cpu": platform.processor() or platform.machine()}
+    devices = {"cpu": platform.machine()}  # platform.processor() would start a program: uname
     for index in range(torch.cuda.device_count()):
         devices[f"cuda:{index}"] = torch.cuda.get_device_name(index)
     if torch.backends.mps.is_available():
@@ -44,6 +45,20 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def weights_as_on_cuda(model: nn.Module) -> nn.Module:
+    """`model`, the weights of its convolutions channels last, as its states are read by them on a GPU."""
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return model
+
+
+def make_current(device: torch.device) -> None:
+    """Let kernels that are launched without a device's name, as Triton's are, run on this GPU."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        torch.cuda.set_device(device)
+
+
 def check_precision(device: torch.device, precision: str) -> None:
     """Refuse what the GPU cannot do.
 
@@ -65,6 +80,17 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def make_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
     """Loss scaling for fp16, whose gradients would underflow; passes everything through otherwise."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+def place(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` moved to `device`, its convolutions' weights in the layout that is fastest there."""
+    model.to(device)
+    return weights_as_on_cuda(model) if device.type == "cuda" else model
+
+
+def image_layout(device_type: str) -> torch.memory_format:
+    """How images (B, C, H, W) lie in memory: channels last on CUDA, elsewhere as they are."""
+    return torch.channels_last if device_type == "cuda" else torch.preserve_format
 
 
 def synchronize(device: torch.device) -> None:
@@ -97,6 +123,11 @@ def total_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def reserved_bytes(device: torch.device) -> int:
+    """What this process's allocator holds of a GPU, in use or not."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
 
 def available_bytes(device: torch.device) -> int:

@@ -1,0 +1,201 @@
+"""The operators' passes on a CPU, compiled from C (`passes.c`): each one way through memory, without temporaries.
+
+They serve float32. A function here returns None, or False, where it does not serve what it is given (another type,
+another layout, no compiler, a mode that watches torch's operations); the specification then runs. Arguments are those
+of the operators.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from revtrain.kernels.cpu_kernels.build import library
+from revtrain.kernels.operator import is_real
+from revtrain.kernels.shapes import memory_format_of
+
+
+def serves(*given: Tensor | None) -> bool:
+    """Whether all are plain float32 tensors with values on the CPU, and nobody asks for a graph."""
+    tensors = [each for each in given if each is not None]
+    return (
+        all(type(each) in (Tensor, torch.nn.Parameter) and each.dtype == torch.float32 for each in tensors)
+        and all(each.is_cpu for each in tensors)
+        and not (torch.is_grad_enabled() and any(each.requires_grad for each in tensors))
+        and _runs(tensors[0])
+    )
+
+
+def serves_integers(state: Tensor) -> bool:
+    """Whether this is an integer state of which `in_float32` makes what is served."""
+    return state.dtype in (torch.int16, torch.int32) and _runs(state)
+
+
+def in_float32(state: Tensor) -> Tensor:
+    """An integer state's values, of which float32 ones are those that `backward=store` works with: to the same bits."""
+    return state.to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def _runs(x: Tensor) -> bool:
+    """Whether there are values to run on, nothing that has to see torch's operations, and a library."""
+    return is_real(x) and x.numel() > 0 and not torch._C._are_functorch_transforms_active() and library() is not None
+
+
+def read_part(
+    part: Tensor, scale: Tensor | None, shift: Tensor | None, unit: float, dtype: torch.dtype, channels_last: bool
+) -> Tensor | None:
+    if dtype != torch.float32:
+        return None
+    part = in_float32(part) if serves_integers(part) else part
+    if not serves(part, scale, shift) or not has_rows(part):
+        return None
+    u = torch.empty(part.shape, dtype=dtype, memory_format=memory_format_of(part, channels_last))
+    last = not has_rows(u)
+    scale, shift = (None if each is None else each.contiguous() for each in (scale, shift))
+    _call("read", _at(part), part.stride(0), *_shape(part), unit, _at(scale), _at(shift), _at(u), last)
+    return u
+
+
+def add_to_part_(
+    part: Tensor, residual: Tensor, factor: float, step: float, exact: bool, limit: float, overflows: Tensor | None
+) -> bool:
+    """`exact`: a product with `factor` is."""
+    if part.shape != residual.shape or not serves(part, residual) or not has_rows(part):
+        return False
+    last = _is_last(residual)
+    if last is None:
+        return False
+    before, after = (1.0, 1.0) if not step else (factor / step, 1.0) if exact else (factor, 1 / step)
+    numbers = (last, factor, step, before, after, limit)
+    beyond = _call("add", _at(part), part.stride(0), *_shape(part), _at(residual), residual.stride(0), *numbers)
+    _written(part)
+    if overflows is not None and step:
+        overflows += beyond
+    return True
+
+
+def sums(part: Tensor, mean: Tensor | None) -> Tensor:
+    """(B, C) in float64: of the values; with `mean` of the squares of what is left. Of what is served, with rows."""
+    made = torch.empty(part.shape[:2], dtype=torch.float64)
+    mean = None if mean is None else mean.contiguous()
+    _call("sums", _at(part), part.stride(0), *_shape(part), _at(mean), _at(made))
+    return made
+
+
+def normalise_activate_(
+    x: Tensor, mean: Tensor, factor: Tensor, bias: Tensor, slope: float, signs: Tensor | None
+) -> bool:
+    """y of x, and the signs of z into `signs`."""
+    if not (serves(x, mean, factor, bias) and _is_dense(x) and _fits_signs(x, signs)):
+        return False
+    values = [each.contiguous() for each in (mean, factor, bias)]
+    _call("forward", _at(x), *_shape(x), *map(_at, values), slope, _at(signs))
+    _written(x)
+    return True
+
+
+def norm_activation_sums(
+    y: Tensor, dy: Tensor, signs: Tensor | None, gain: Tensor, bias: Tensor, slope: float
+) -> Tensor | None:
+    """(2, C), float32."""
+    if not (serves(y, dy, gain, bias) and _is_dense(y) and _is_dense(dy) and _fits_signs(y, signs)):
+        return None
+    made = torch.empty(2, *y.shape[:2], dtype=torch.float64)
+    values = [each.contiguous() for each in (gain, bias)]
+    _call("activation_sums", _at(y), _at(dy), _at(signs), *_shape(y), *map(_at, values), slope, _at(made))
+    return made.sum(1).to(y.dtype)
+
+
+def undo_norm_activation_(
+    y: Tensor,
+    dy: Tensor,
+    signs: Tensor | None,
+    mean: Tensor,
+    deviation: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    slope: float,
+    means: Tensor | None,
+) -> bool:
+    if not (serves(y, dy, mean, deviation, gain, bias, means) and _is_dense(y) and _is_dense(dy)):
+        return False
+    if not _fits_signs(y, signs):
+        return False
+    values = [each.contiguous() for each in (mean, deviation, gain, bias)]
+    means = None if means is None else means.contiguous()
+    _call("undo", _at(y), _at(dy), _at(signs), *_shape(y), *map(_at, values), slope, _at(means))
+    _written(y, dy)
+    return True
+
+
+def add_norm_gradient_(dpart: Tensor, du: Tensor, part: Tensor, mean: Tensor, scale: Tensor) -> Tensor | None:
+    """The sums (2, C), float32, of these values alone."""
+    last = _is_last(du)
+    if last is None or not (serves(dpart, du, part, mean, scale) and has_rows(dpart) and has_rows(part)):
+        return None
+    made = torch.empty(2, *part.shape[:2], dtype=torch.float64)
+    mean, scale = mean.contiguous(), scale.contiguous()
+    tensors = (_at(dpart), dpart.stride(0), _at(du), du.stride(0), last, _at(part), part.stride(0))
+    _call("norm_gradient", *tensors, *_shape(part), _at(mean), _at(scale), _at(made))
+    _written(dpart)
+    return made.sum(1).to(part.dtype)
+
+
+def add_norm_rest_(dpart: Tensor, part: Tensor, slope: Tensor, shift: Tensor) -> bool:
+    """dpart -= slope part + shift."""
+    if not (serves(dpart, part, slope, shift) and has_rows(dpart) and has_rows(part)):
+        return False
+    slope, shift = slope.contiguous(), shift.contiguous()
+    _call("norm_rest", _at(dpart), dpart.stride(0), _at(part), part.stride(0), *_shape(part), _at(slope), _at(shift))
+    _written(dpart)
+    return True
+
+
+# ---- how tensors lie ---------------------------------------------------------------------------------
+
+
+def has_rows(x: Tensor) -> bool:
+    """Whether each sample of x (B, C, ...) is dense, its channels one behind the other."""
+    expected = 1
+    for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return x.dim() > 1
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.dim() > 1 and x.is_contiguous()
+
+
+def _is_last(x: Tensor) -> bool | None:
+    """Whether x is channels last rather than as a state; None: neither of the two."""
+    if has_rows(x):
+        return False
+    return True if x.is_contiguous(memory_format=memory_format_of(x, True)) else None
+
+
+def _fits_signs(x: Tensor, signs: Tensor | None) -> bool:
+    """Whether each channel, and each row of it, begins a byte of the signs: they then lie as the specification, which
+    may run on the way back, has them in its pieces."""
+    return signs is None or (x[0, 0].numel() % 8 == 0 and (x.dim() < 4 or x.stride(2) % 8 == 0))
+
+
+def _shape(x: Tensor) -> tuple[int, int, int]:
+    samples, channels = x.shape[:2]
+    return samples, channels, x.numel() // (samples * channels)
+
+
+def _at(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _call(name: str, *arguments: object) -> int:
+    return getattr(library(), f"revtrain_{name}")(*arguments, torch.get_num_threads())
+
+
+def _written(*tensors: Tensor) -> None:
+    """Let autograd see that values have changed."""
+    for each in tensors:
+        if not each.is_inference():
+            torch.autograd.graph.increment_version(each)

@@ -1,0 +1,288 @@
+/* The passes of revtrain.kernels over states in float32, each one way through memory. What they compute is said by the
+ * specifications in plain torch, in the modules of the same names. Value for value they round as those do; sums are taken in
+ * another order.
+ *
+ * B samples, C channels, S pixels. A state, or a part of it, has its samples `stride` values apart; a sample is dense, its
+ * channels one behind the other. Other tensors lie so, too, or channels last (`last`): a sample's pixels then lie one behind
+ * the other, C values each. Sums are made for each sample on its own, so that the number of threads does not change them. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define N 8             /* values of a vector, and pixels or channels of a block that is turned */
+#define ADDED 2048      /* values that are added in float32 before they are added in float64 */
+#define WORTH (1 << 16) /* values: with fewer of them threads cost more than they save */
+
+typedef int64_t whole;
+typedef float vector __attribute__((vector_size(4 * N)));
+typedef int32_t mask __attribute__((vector_size(4 * N)));
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (mask){__VA_ARGS__})
+#endif
+#define EACH for (int k = 0; k < N; k++)
+#define PARALLEL(work) num_threads(threads) if (threads > 1 && (work) > WORTH)
+
+static whole least(whole a, whole b) { return a < b ? a : b; }
+
+static inline vector load(const float *p, whole n) {
+  vector v;
+  if (n >= N) {
+    memcpy(&v, p, sizeof v);
+    return v;
+  }
+  EACH v[k] = k < n ? p[k] : 0;
+  return v;
+}
+
+static inline void store(float *p, vector v, whole n) {
+  if (n >= N)
+    memcpy(p, &v, sizeof v);
+  else
+    for (whole k = 0; k < n; k++) p[k] = v[k];
+}
+
+static inline vector all(float x) { return (vector){x, x, x, x, x, x, x, x}; }
+static inline vector choose(mask m, vector a, vector b) { return (vector)((m & (mask)a) | (~m & (mask)b)); }
+
+/* a b + c, rounded once where the processor can: as torch's addcmul and its sum with a factor */
+static inline vector fused(vector a, vector b, vector c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  EACH a[k] = fmaf(a[k], b[k], c[k]);
+  return a;
+#else
+  return a * b + c;
+#endif
+}
+
+static inline float sum_of(vector v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+
+/* eight vectors as the rows of a matrix become its columns */
+static inline void transpose(vector r[N]) {
+  vector t[N];
+  for (int k = 0; k < N; k += 2) {
+    t[k] = PICK(r[k], r[k + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+    t[k + 1] = PICK(r[k], r[k + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+  for (int k = 0; k < N; k += 4)
+    for (int j = 0; j < 2; j++) {
+      r[k + j] = PICK(t[k + j], t[k + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      r[k + j + 2] = PICK(t[k + j], t[k + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  for (int k = 0; k < 4; k++) {
+    vector low = r[k], high = r[k + 4];
+    r[k] = PICK(low, high, 0, 1, 2, 3, 8, 9, 10, 11);
+    r[k + 4] = PICK(low, high, 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
+/* a block of a sample, channels c to c + rows, pixels s to s + n: a vector of pixels for each channel */
+static inline void fetch(vector r[N], const float *sample, int last, whole C, whole S, whole c, whole rows, whole s, whole n) {
+  if (!last) {
+    for (whole i = 0; i < rows; i++) r[i] = load(sample + (c + i) * S + s, n);
+    return;
+  }
+  EACH r[k] = k < n ? load(sample + (s + k) * C + c, rows) : all(0);
+  transpose(r);
+}
+
+static inline void put(vector r[N], float *sample, int last, whole C, whole S, whole c, whole rows, whole s, whole n) {
+  if (!last) {
+    for (whole i = 0; i < rows; i++) store(sample + (c + i) * S + s, r[i], n);
+    return;
+  }
+  transpose(r);
+  for (whole k = 0; k < n; k++) store(sample + (s + k) * C + c, r[k], rows);
+}
+
+#define BLOCKS(C, S)                                         \
+  for (whole c = 0; c < (C); c += N)                         \
+    for (whole s = 0, rows = least(N, (C) - c); s < (S); s += N)
+
+void revtrain_read(const float *x, whole stride, whole B, whole C, whole S, float unit, const float *scale, const float *shift,
+                   float *u, int last, int threads) {
+#pragma omp parallel for PARALLEL(B * C * S)
+  for (whole b = 0; b < B; b++) BLOCKS(C, S) {
+      vector r[N] = {0};
+      whole n = least(N, S - s);
+      fetch(r, x + b * stride, 0, C, S, c, rows, s, n);
+      for (whole i = 0; i < rows; i++) {
+        r[i] = r[i] * unit;
+        if (scale) r[i] = fused(r[i], all(scale[c + i]), all(shift[c + i]));
+      }
+      put(r, u + b * C * S, last, C, S, c, rows, s, n);
+    }
+}
+
+/* x += factor r without a grid (step = 0); else x += step round(r before after). Returns how many left the range. */
+whole revtrain_add(float *x, whole stride, whole B, whole C, whole S, const float *u, whole u_stride, int last, float factor,
+                   float step, float before, float after, float limit, int threads) {
+  whole beyond = 0;
+#pragma omp parallel for reduction(+ : beyond) PARALLEL(B * C * S)
+  for (whole b = 0; b < B; b++) BLOCKS(C, S) {
+      vector r[N] = {0};
+      whole n = least(N, S - s);
+      mask left = {0};
+      fetch(r, u + b * u_stride, last, C, S, c, rows, s, n);
+      for (whole i = 0; i < rows; i++) {
+        float *to = x + b * stride + (c + i) * S + s;
+        vector v = load(to, n);
+        if (step) {
+          vector scaled = r[i] * before * after;
+          EACH scaled[k] = rintf(scaled[k]);
+          v += scaled * step;
+          left -= ~((v < limit) & (v > -limit));
+        } else if (factor == 1 || factor == -1) {
+          v += r[i] * factor;
+        } else {
+          v = fused(r[i], all(factor), v);
+        }
+        store(to, v, n);
+      }
+      EACH beyond += k < n ? left[k] : 0;
+    }
+  return beyond;
+}
+
+/* sums (B, C): of x, or with `mean` of (x - mean)^2 */
+void revtrain_sums(const float *x, whole stride, whole B, whole C, whole S, const float *mean, double *sums, int threads) {
+#pragma omp parallel for PARALLEL(B * C * S)
+  for (whole i = 0; i < B * C; i++) {
+    const float *row = x + i / C * stride + i % C * S;
+    float m = mean ? mean[i % C] : 0;
+    double sum = 0;
+    for (whole begin = 0; begin < S; begin += ADDED) {
+      whole end = least(begin + ADDED, S), full = begin + (end - begin) / (4 * N) * 4 * N, s = begin;
+      vector lanes[4] = {0};
+      for (; s < full; s += 4 * N)
+        for (int j = 0; j < 4; j++) {
+          vector v = load(row + s + j * N, N) - m;
+          lanes[j] += mean ? v * v : v;
+        }
+      for (; s < end; s++) {
+        float v = row[s] - m;
+        sum += mean ? v * v : v;
+      }
+      sum += sum_of((lanes[0] + lanes[1]) + (lanes[2] + lanes[3]));
+    }
+    sums[i] = sum;
+  }
+}
+
+/* where z was not above zero, by its signs, a bit each, or else by y */
+static inline mask below(const uint8_t *signs, vector y) {
+  if (!signs) return ~(y > 0);
+  int bits = *signs;
+  mask each = {bits, bits, bits, bits, bits, bits, bits, bits};
+  return (each & (mask){1, 2, 4, 8, 16, 32, 64, 128}) != 0;
+}
+
+/* x becomes y; with `signs`, S is a multiple of eight */
+void revtrain_forward(float *x, whole B, whole C, whole S, const float *mean, const float *factor, const float *bias, float slope,
+                      uint8_t *signs, int threads) {
+#pragma omp parallel for PARALLEL(B * C * S)
+  for (whole i = 0; i < B * C; i++) {
+    float *row = x + i * S, m = mean[i % C], f = factor[i % C], a = bias[i % C];
+    for (whole s = 0; s < S; s += N) {
+      vector z = (load(row + s, S - s) - m) * f + a;
+      mask low = ~(z > 0);
+      if (signs) {
+        mask bits = low & (mask){1, 2, 4, 8, 16, 32, 64, 128};
+        int packed = 0;
+        EACH packed |= bits[k];
+        signs[(i * S + s) / 8] = (uint8_t)packed;
+      }
+      store(row + s, choose(low, z * slope, z), S - s);
+    }
+  }
+}
+
+/* sums (2, B, C): of dz and of dz xhat */
+void revtrain_activation_sums(const float *y, const float *dy, const uint8_t *signs, whole B, whole C, whole S, const float *gain,
+                              const float *bias, float slope, double *sums, int threads) {
+  float back = (float)(1.0 / slope);
+#pragma omp parallel for PARALLEL(B * C * S)
+  for (whole i = 0; i < B * C; i++) {
+    float g = gain[i % C], a = bias[i % C];
+    double one = 0, other = 0;
+    for (whole begin = 0; begin < S; begin += ADDED) {
+      whole end = least(begin + ADDED, S);
+      vector lanes = {0}, lanes_x = {0};
+      for (whole s = begin; s < end; s += N) {
+        whole at = i * S + s;
+        vector v = load(y + at, end - s), dz = load(dy + at, end - s);
+        dz = choose(below(signs ? signs + at / 8 : 0, v), dz * slope, dz);
+        lanes += dz;
+        lanes_x += (choose(~(v > 0), v * back, v) - a) / g * dz;
+      }
+      one += sum_of(lanes), other += sum_of(lanes_x);
+    }
+    sums[i] = one;
+    sums[B * C + i] = other;
+  }
+}
+
+/* (y, dy) become (x, dx); means (2, C) of dz and dz xhat, or none */
+void revtrain_undo(float *y, float *dy, const uint8_t *signs, whole B, whole C, whole S, const float *mean, const float *deviation,
+                   const float *gain, const float *bias, float slope, const float *means, int threads) {
+  float back = (float)(1.0 / slope);
+#pragma omp parallel for PARALLEL(B * C * S)
+  for (whole i = 0; i < B * C; i++) {
+    whole c = i % C;
+    float m = mean[c], d = deviation[c], g = gain[c], a = bias[c], scale = g / d;
+    float m0 = means ? means[c] : 0, m1 = means ? means[C + c] : 0;
+    for (whole s = 0; s < S; s += N) {
+      whole at = i * S + s, n = S - s;
+      vector v = load(y + at, n), dz = load(dy + at, n);
+      dz = choose(below(signs ? signs + at / 8 : 0, v), dz * slope, dz);
+      vector xhat = (choose(~(v > 0), v * back, v) - a) / g;
+      if (means) dz = fused(-xhat, all(m1), dz) - m0;
+      store(dy + at, dz * scale, n);
+      store(y + at, xhat * d + m, n);
+    }
+  }
+}
+
+/* dx += scale du; sums (2, B, C): of du and of du (x - mean) */
+void revtrain_norm_gradient(float *dx, whole d_stride, const float *du, whole u_stride, int last, const float *x, whole stride,
+                            whole B, whole C, whole S, const float *mean, const float *scale, double *sums, int threads) {
+#pragma omp parallel for PARALLEL(B * C * S)
+  for (whole b = 0; b < B; b++)
+    for (whole c = 0; c < C; c += N) {
+      whole rows = least(N, C - c);
+      double one[N] = {0}, other[N] = {0};
+      for (whole begin = 0; begin < S; begin += ADDED) {
+        vector lanes[N] = {0}, lanes_x[N] = {0};
+        for (whole s = begin; s < least(begin + ADDED, S); s += N) {
+          vector r[N] = {0};
+          whole n = least(N, S - s);
+          fetch(r, du + b * u_stride, last, C, S, c, rows, s, n);
+          for (whole i = 0; i < rows; i++) {
+            float *to = dx + b * d_stride + (c + i) * S + s;
+            lanes[i] += r[i];
+            lanes_x[i] += (load(x + b * stride + (c + i) * S + s, n) - mean[c + i]) * r[i];
+            store(to, fused(r[i], all(scale[c + i]), load(to, n)), n);
+          }
+        }
+        for (whole i = 0; i < rows; i++) one[i] += sum_of(lanes[i]), other[i] += sum_of(lanes_x[i]);
+      }
+      for (whole i = 0; i < rows; i++) {
+        sums[b * C + c + i] = one[i];
+        sums[(B + b) * C + c + i] = other[i];
+      }
+    }
+}
+
+/* dx -= slope x + shift */
+void revtrain_norm_rest(float *dx, whole d_stride, const float *x, whole stride, whole B, whole C, whole S, const float *slope,
+                        const float *shift, int threads) {
+#pragma omp parallel for PARALLEL(B * C * S)
+  for (whole i = 0; i < B * C; i++) {
+    const float *row = x + i / C * stride + i % C * S;
+    float *to = dx + i / C * d_stride + i % C * S, k = slope[i % C], t = shift[i % C];
+    for (whole s = 0; s < S; s += N) store(to + s, fused(load(row + s, S - s), all(-k), load(to + s, S - s)) - t, S - s);
+  }
+}

@@ -1,8 +1,6 @@
 """`python -m revtrain` is `revtrain`."""
 
-import sys
-
-from revtrain.cli.train import main
+from revtrain.cli.train import command_line
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line()

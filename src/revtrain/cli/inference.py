@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from revtrain.cli.guard import DONE, guarded
 from revtrain.errors import RevtrainError
-from revtrain.machine.files import write_atomic
+from revtrain.machine.files import place, write_result_file
 from revtrain.report.tables import clean
 from revtrain.runs.schema import CHECKPOINT
 
@@ -30,12 +30,12 @@ RUN_HELP = f"a run directory, or the {CHECKPOINT} of one"
 
 def evaluate_main(argv: Sequence[str] | None = None) -> int:
     """`revtrain-eval`; `argv` are the words after it, by default those of this process. Returns the exit code."""
-    return guarded(_evaluate, _evaluate_parser().parse_args(argv))
+    return guarded(_evaluate, _evaluate_parser(), argv)
 
 
 def export_main(argv: Sequence[str] | None = None) -> int:
     """`revtrain-export`; `argv` are the words after it, by default those of this process. Returns the exit code."""
-    return guarded(_export, _export_parser().parse_args(argv))
+    return guarded(_export, _export_parser(), argv)
 
 
 # ---- revtrain-eval -----------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     evaluation = evaluate(trained, args.data, args.batch)
     print(f"{clean(evaluation.source)}\n\n{evaluation.table()}", flush=True)
     if args.csv is not None:
-        _write(args.csv, lambda: write_atomic(args.csv.resolve(), evaluation.comma_separated().encode()))
+        _write(args.csv, lambda: write_result_file(args.csv, evaluation.comma_separated().encode()))
     if args.png is not None:
         _write(args.png, lambda: evaluation.write_picture(args.png))
     return DONE
@@ -91,7 +91,7 @@ def _predict(trained: Trained, args: argparse.Namespace) -> int:
     text, unreadable = io.StringIO(), 0
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["file", "rank", "class", "probability"])
-    folder = Path(args.images).expanduser()
+    folder = place(args.images, "--images")
     names = {path: clean(path.relative_to(folder) if path != folder else path, 60) for path in files}
     width = max(map(len, names.values()))
     for each in predict(trained, files, args.top):
@@ -104,7 +104,7 @@ def _predict(trained: Trained, args: argparse.Namespace) -> int:
         for rank, (name, share) in enumerate(each.classes, start=1):
             rows.writerow([each.path, rank, name, f"{share:.6f}"])
     if args.csv is not None:
-        _write(args.csv, lambda: write_atomic(args.csv.resolve(), text.getvalue().encode(errors="backslashreplace")))
+        _write(args.csv, lambda: write_result_file(args.csv, text.getvalue().encode(errors="backslashreplace")))
     if unreadable:
         raise RevtrainError(
             f"{unreadable} of {len(files)} files could not be read; they are named above.\nRepair or remove them."

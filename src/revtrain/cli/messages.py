@@ -7,6 +7,9 @@ what to do.
 from __future__ import annotations
 
 import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -15,13 +18,18 @@ from omegaconf.errors import OmegaConfBaseException
 
 from revtrain.config import all_keys, did_you_mean, expected, flatten, registry, sections
 from revtrain.errors import RevtrainError
+from revtrain.machine import files
 
 GROUPS = ("arch", "data", "scale", "experiment")
 _REMOVED = "~{key} was given; a key cannot be removed.\nGive it another value instead."
 
 
-def explain(error: BaseException) -> str | None:
-    """Two to five lines for an error that the user can mend; None for any other."""
+def explain(error: BaseException, folders: Sequence[Path] = ()) -> str | None:
+    """Two to five lines for an error that the user can mend; None for any other.
+
+    Args:
+        folders: absolute, of runs and sweeps that were about to begin.
+    """
     if isinstance(error, RevtrainError):
         return str(error)
     if isinstance(error, MissingConfigException):
@@ -45,7 +53,7 @@ def explain(error: BaseException) -> str | None:
             f"as in arch={registry.default('arch')}.\n"
             "revtrain --help lists them."
         )
-    return _explain_folder(error)
+    return _explain_system(error, folders)
 
 
 def _explain_group(error: MissingConfigException) -> str | None:
@@ -64,8 +72,8 @@ def _explain_composition(error: BaseException) -> str:
     if match := re.search(r"Ambiguous value for argument '(.+)'", text):
         return (
             f"{match[1]} was given; one run takes one value.\n"
-            f"To sweep over them: revtrain -m {match[1]}\n"
-            f"To give a list: {match[1].replace('=', '=[', 1)}]"
+            f"To sweep over them: revtrain -m {shlex.quote(match[1])}\n"
+            f"To give a list: {shlex.quote(match[1].replace('=', '=[', 1) + ']')}"
         )
     if match := re.search(r"Error merging override ([^=\s]+)(=.*)?", text):
         key = match[1].lstrip("+~")
@@ -102,17 +110,19 @@ def check_keys(cfg: DictConfig) -> None:
             raise RevtrainError(_REMOVED.format(key=key))
 
 
-def _explain_folder(error: BaseException) -> str | None:
-    """Hydra could not make the run directory, or open train.log in it."""
+def _explain_system(error: BaseException, folders: Sequence[Path]) -> str | None:
+    """An error of the system, or what a library made of one; `folders` are those that Hydra makes for the runs."""
     link: BaseException | None = error
     while link is not None and not isinstance(link, OSError):
-        link = link.__cause__ or link.__context__
-    if not isinstance(link, OSError) or not link.filename:
+        link = link.__cause__
+    if link is None:
         return None
-    return (
-        f"The run directory cannot be written: {link.filename}: {link.strerror}.\n"
-        "Choose another folder, as in hydra.run.dir=FOLDER (hydra.sweep.dir=FOLDER in a sweep)."
-    )
+    if link.filename is not None and any(files.is_about(link, folder) for folder in folders):
+        return (
+            f"The run directory cannot be written: {files.refused(link)}.\n"
+            "Choose another folder, as in hydra.run.dir=FOLDER (hydra.sweep.dir=FOLDER in a sweep)."
+        )
+    return files.told(link)
 
 
 def first_line(error: BaseException) -> str:

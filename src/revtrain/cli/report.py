@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from revtrain.cli.guard import DONE, MENDABLE, guarded
-from revtrain.machine.files import write_atomic
+from revtrain.machine.files import write_result_file
 from revtrain.report.group import group_runs
 from revtrain.report.page import page
+from revtrain.report.paper import paper_tables
 from revtrain.report.tables import clean, comma_separated, markdown, terminal
 from revtrain.runs.read import gather
 from revtrain.runs.schema import CONFIG, METRICS, RESULT
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, see the head of this module.
     """
-    return guarded(_report, _parser().parse_args(argv))
+    return guarded(_report, _parser(), argv)
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -50,7 +51,7 @@ def _report(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return MENDABLE
-    print(terminal(groups, problems), flush=True)
+    print(paper_tables(groups) if args.paper else terminal(groups, problems), flush=True)
     wanted = (
         (args.markdown, lambda: markdown(groups, problems)),
         (args.csv, lambda: comma_separated(groups)),
@@ -66,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
         "paths", metavar="PATH", nargs="*", type=Path, default=[Path("outputs")],
         help="run directories, or folders with such below them (default: outputs)",
     )  # fmt: skip
+    parser.add_argument(
+        "--paper", action="store_true", help="print tables in the paper's layout: networks of equal size, their twins"
+    )
     parser.add_argument("--html", metavar="FILE", type=Path, help="write one page with plots; it needs no network")
     parser.add_argument("--markdown", metavar="FILE", type=Path, help="write the tables as Markdown")
     parser.add_argument("--csv", metavar="FILE", type=Path, help="write one line a run, unrounded")
@@ -76,10 +80,7 @@ def _write(path: Path, text: str) -> bool:
     """Whether the file was written; if not, why not has been said."""
     content = text.encode(errors="backslashreplace")
     try:
-        if path.exists() and not path.is_file():  # /dev/stdout, a pipe
-            path.write_bytes(content)
-        else:
-            write_atomic(path.resolve(), content)
+        write_result_file(path, content)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         print(f"{clean(path)} cannot be written: {why}.\nChoose another file or folder.", file=sys.stderr)

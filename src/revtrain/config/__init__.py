@@ -3,8 +3,18 @@
 keys -> schema -> registry -> door -> help. Neither torch nor Hydra is imported.
 """
 
-from revtrain.config.door import all_keys, expected, flat, flatten, own_keys, read, schema, sections
-from revtrain.config.keys import Key, did_you_mean, key, keys_of
+from revtrain.config.door import (
+    all_keys,
+    check_micro_batches,
+    expected,
+    flat,
+    flatten,
+    own_keys,
+    read,
+    schema,
+    sections,
+)
+from revtrain.config.keys import Key, absolute, did_you_mean, key, keys_of, word
 from revtrain.config.memory_size import parse_memory
 from revtrain.config.schema import (
     AugmentConfig,
@@ -29,7 +39,9 @@ __all__ = [
     "Network",
     "ProbeConfig",
     "Training",
+    "absolute",
     "all_keys",
+    "check_micro_batches",
     "did_you_mean",
     "expected",
     "flat",
@@ -41,4 +53,5 @@ __all__ = [
     "read",
     "schema",
     "sections",
+    "word",
 ]

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, field, fields, make_dataclass
+from dataclasses import MISSING, Field, asdict, field, fields, make_dataclass, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Optional, cast, get_type_hints
 
 from revtrain.config import registry
-from revtrain.config.keys import Key, check, did_you_mean, in_words, keys_of
+from revtrain.config.keys import Key, absolute, check, did_you_mean, in_words, keys_of
 from revtrain.config.memory_size import parse_memory
 from revtrain.config.schema import Config, DataConfig, Machine, Network, ProbeConfig, Training
 from revtrain.errors import RevtrainError
@@ -113,6 +113,9 @@ def read(cfg: DictConfig | Mapping[str, Any] | Config, stored: bool = False) -> 
         stored: it comes from a run of before. Keys that its architecture does not have are then left out: earlier
             versions wrote them all; and the run that it resumed need not exist any more.
 
+    Returns:
+        Paths in it are absolute: what was typed in one folder is read in another, later.
+
     Raises:
         RevtrainError: names the key, the value given, the values expected and a remedy.
     """
@@ -133,7 +136,22 @@ def read(cfg: DictConfig | Mapping[str, Any] | Config, stored: bool = False) -> 
         experiment=values.get("experiment"),
     )
     _check_together(config)
-    return config
+    return config if stored else _with_absolute_paths(config)
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    def changed(part: Any) -> Any:
+        kind: Any = type(part)
+        paths = {name: getattr(part, name) for name, key in keys_of(kind).items() if key.rule.path}
+        return replace(part, **{name: absolute(path) for name, path in paths.items() if path is not None})
+
+    network, data = config.network, config.data
+    return replace(
+        config,
+        network=replace(network, own=changed(network.own)) if network.own is not None else network,
+        machine=changed(config.machine),
+        data=changed(replace(data, own=changed(data.own)) if data.own is not None else data),
+    )
 
 
 def _plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
@@ -218,7 +236,7 @@ def _check_together(config: Config) -> None:
             f"Use width={width - 1 or 2} or width={width + 1}."
         )
     _check_slope(network.slope)
-    _check_batch(config.training.batch)
+    check_micro_batches(config.training.batch, config.training.accumulate)
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", machine.device):
         raise RevtrainError(
             f"device={machine.device} was given; expected auto, cpu, cuda, cuda:N or mps."
@@ -237,12 +255,17 @@ def _check_together(config: Config) -> None:
         check_data(config.data)
 
 
-def _check_batch(batch: int | str) -> None:
-    if isinstance(batch, str) and batch != "auto":
-        raise RevtrainError(
-            f"batch={batch} was given; expected a whole number, or auto.{did_you_mean(batch, ['auto'])}\n"
-            "batch=auto takes the largest batch that memory_limit allows."
-        )
+def check_micro_batches(batch: int | str, accumulate: int, processes: int = 1) -> None:
+    """Refuse a batch that `accumulate` does not cut into equal micro-batches of two images or more for each process."""
+    unit = accumulate * processes
+    if isinstance(batch, str) or accumulate == 1 or (batch % unit == 0 and batch >= 2 * unit):
+        return
+    shared = f" for each of {processes} processes" if processes > 1 else ""
+    near = max(2, round(batch / unit)) * unit
+    raise RevtrainError(
+        f"accumulate={accumulate} was given with batch={batch}; expected as many equal micro-batches{shared},\n"
+        f"of two images or more. Use batch={near}, or another accumulate."
+    )
 
 
 def _check_slope(slope: float) -> None:

@@ -8,11 +8,13 @@ values all follow from that one statement.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from copy import copy
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -36,6 +38,7 @@ class Rule:
     at_most: float = LARGEST_INT
     remark: str = ""
     shown: str | None = None  # the default in `--help`; None: as it is
+    path: bool = False  # the value names a file or folder; a relative one means where the command was typed
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ class Key:
         """The types of its values, without None."""
         options = get_args(self.type) if get_origin(self.type) in (Union, UnionType) else (self.type,)
         return tuple(option for option in options if option is not NoneType)
+
+    @property
+    def takes_auto(self) -> bool:
+        """Whether the word auto may stand for a number."""
+        return str in self.types and len(self.types) > 1
 
     @property
     def is_optional(self) -> bool:
@@ -83,8 +91,8 @@ def keys_of(part: type, prefix: str = "") -> dict[str, Key]:
 
 def in_words(key: Key) -> str:
     """What a value of `key` must be, in words."""
-    if key.types == (int, str):
-        return "a whole number, or auto"
+    if key.takes_auto:
+        return "a number, or auto" if float in key.types else "a whole number, or auto"
     if get_origin(key.types[0]) is list:
         return f"a list, as in {key.name}=[{','.join(key.rule.choices[:2]) or '1,2'}]"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -95,6 +103,25 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """' Did you mean hybrid?', or '' when nothing is near."""
     near = get_close_matches(str(word).lower(), [str(choice) for choice in choices], n=1, cutoff=0.6)
     return f" Did you mean {near[0]}?" if near else ""
+
+
+def word(name: str, value: str) -> str:
+    """`name=value` as Hydra's grammar takes it, whatever text the value is; a shell may need more (`shlex.quote`)."""
+    if re.fullmatch(r"[A-Za-z0-9_/.+:%@-]*/[A-Za-z0-9_/.+:%@-]*", value):  # with a slash it is no number, nor null
+        return f"{name}={value}"
+    # backslashes count only where a quote follows
+    quoted = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + (r"\'" if found[2] else ""), value)
+    return f"{name}='{quoted}'"
+
+
+def absolute(path: str) -> str:
+    """The path from the root on. What begins with a home (~) stays, and all where the working folder is gone."""
+    if not path or path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).absolute())
+    except OSError:
+        return path
 
 
 def check(key: Key, value: Any, choices: Iterable[str] | None = None) -> None:
@@ -112,14 +139,19 @@ def check(key: Key, value: Any, choices: Iterable[str] | None = None) -> None:
         raise RevtrainError(
             f"{key.name}={value} was given; expected {in_words(key)}.\nrevtrain --help shows the defaults."
         )
+    if key.takes_auto and isinstance(value, str) and value != "auto":
+        raise RevtrainError(
+            f"{key.name}={value} was given; expected {in_words(key)}.{did_you_mean(value, ['auto'])}\n"
+            f"{key.name}=auto: {key.rule.help.partition('auto: ')[2]}."
+        )
     words = tuple(choices if choices is not None else key.rule.choices)
     if words:
         for each in value if isinstance(value, list) else [value]:
             _check_choice(key, each, words)
+    elif float in key.types and not isinstance(value, str):
+        _check_number(key, value)
     elif int in key.types and not isinstance(value, str | bool):
         _check_whole_number(key, value)
-    elif float in key.types:
-        _check_number(key, value)
 
 
 def _has_type(key: Key, value: Any) -> bool:

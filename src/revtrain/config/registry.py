@@ -16,12 +16,21 @@ from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any
 
+from revtrain.machine import files
+
 VARIABLE = "REVTRAIN_PATH"
 
 
 def plugin_folders() -> list[Path]:
     """The folders of REVTRAIN_PATH, absolute, in its order."""
-    return [Path(each).expanduser().absolute() for each in os.environ.get(VARIABLE, "").split(os.pathsep) if each]
+    folders = (files.place(each, VARIABLE) for each in os.environ.get(VARIABLE, "").split(os.pathsep) if each)
+    return [folder if folder.is_absolute() else files.working_folder() / folder for folder in folders]
+
+
+def fix_plugin_folders() -> None:
+    """Let the folders of REVTRAIN_PATH mean the same wherever this process and those that it starts go."""
+    if VARIABLE in os.environ:
+        os.environ[VARIABLE] = os.pathsep.join(map(str, plugin_folders()))
 
 
 def names(package: str) -> list[str]:
@@ -49,19 +58,28 @@ def preset(group: str, name: str) -> dict[str, Any]:
 
     In the order of Hydra's search: the package's own folder, then those of REVTRAIN_PATH.
     """
+    values = _yaml(group, name)
+    bases = [each for each in values.pop("defaults", ()) if isinstance(each, str) and each != "_self_"]
+    below: dict[str, Any] = {}
+    for base in bases:
+        below |= preset(group, base)
+    return below | values
+
+
+def chosen_by(group: str, name: str) -> dict[str, str]:
+    """The files of other groups that `conf/GROUP/NAME.yaml` chooses, as {"arch": "layerwise"}."""
+    entries = [each for each in _yaml(group, name).get("defaults", ()) if isinstance(each, dict)]
+    return {key.split("/")[-1]: value for each in entries for key, value in each.items() if isinstance(value, str)}
+
+
+def _yaml(group: str, name: str) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
-    places = [
-        folder / group / f"{name}.yaml" for folder in (*_own_conf(), *(each / "conf" for each in plugin_folders()))
-    ]
-    for place in places:
+    for folder in (*_own_conf(), *(each / "conf" for each in plugin_folders())):
+        place = folder / group / f"{name}.yaml"
         if place.is_file():
             values: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(place))  # type: ignore[assignment]
-            bases = [each for each in values.pop("defaults", ()) if isinstance(each, str) and each != "_self_"]
-            below: dict[str, Any] = {}
-            for base in bases:
-                below |= preset(group, base)
-            return below | values
+            return values
     return {}
 
 

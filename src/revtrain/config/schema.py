@@ -27,6 +27,7 @@ NORM_SIGNS = ("positive", "mixed", "negative")
 POOLINGS = ("channel", "batch", "stride")
 PRECISIONS = ("fp32", "bf16", "fp16")
 BACKWARDS = ("invert", "store")
+GRAPHS = ("auto", "off")
 SCHEDULES = ("triangular", "onecycle", "cosine", "constant")
 
 Own = TypeVar("Own", covariant=True)  # the Settings of an architecture or a data set
@@ -64,8 +65,17 @@ class Network(Generic[Own]):
         "invert", "invert: recompute activations; store: keep them, as ordinary training does", choices=BACKWARDS
     )
     precision: str = key("fp32", "of the convolutions: fp32, bf16 or fp16", choices=PRECISIONS)
-    chunk_mib: float = key(2.0, "MiB of scratch for each temporary of the in-place passes", above=0)
+    chunk_mib: Union[int, float, str] = key(  # noqa: UP007
+        "auto", "MiB of scratch for each temporary of the in-place passes; auto: 2 on a CPU, 11 on a GPU", above=0
+    )
     own: Own = field(default=None)  # type: ignore[assignment]  # filled in by `revtrain.config.read`
+
+    def piece_mib(self, device_type: str = "cpu") -> float:
+        """`chunk_mib` as a number. A CPU works fastest in its cache; a GPU needs work for all of its multiprocessors in
+        every launch, and its scratch, about four temporaries, is then still a small part of two states."""
+        if isinstance(self.chunk_mib, str):
+            return 2.0 if device_type == "cpu" else 11.0
+        return self.chunk_mib
 
 
 @dataclass
@@ -75,10 +85,19 @@ class Training:
     batch: Union[int, str] = key(  # noqa: UP007
         512,
         "images of a step; auto: the largest within memory_limit (on a GPU: within what is free)",
-        at_least=2,
-        remark="batch normalisation needs at least two images",
+        at_least=1,
+        remark="one image can be the batch where it is large",
+    )
+    accumulate: int = key(
+        1,
+        "micro-batches that a step's batch is cut into: memory of one, gradients averaged, BN statistics of each alone",
+        at_least=1,
+        remark="each micro-batch has batch / accumulate images",
     )
     epochs: int = key(40, "passes over the training images", at_least=1)
+    target_accuracy: Optional[float] = key(
+        None, "end when the test accuracy reaches this, as in 0.93, and record when; null: never", above=0, below=1
+    )
     lr: float = key(0.4, "the highest rate of the schedule", above=0)
     momentum: float = key(0.9, "Nesterov momentum; 0: none", at_least=0, below=1)
     weight_decay: float = key(5e-4, "decay of the weights", at_least=0)
@@ -87,6 +106,10 @@ class Training:
     schedule: str = key("triangular", "shape of the learning rate", choices=SCHEDULES)
     warmup: float = key(0.125, "share of the steps in which the rate rises", at_least=0, below=1)
     clip_grad_norm: Optional[float] = key(None, "largest norm of the gradients; null: no clipping", above=0)
+    ema_decay: Optional[float] = key(
+        None, "of a step, in an average of the weights tested beside them, as in 0.98; null: none", above=0, below=1
+    )
+    test_flip: bool = key(False, "test on the mean of each image's logits and its mirror image's, too: a figure apart")
 
 
 @dataclass
@@ -97,9 +120,18 @@ class Machine:
     memory_limit: Optional[str] = key(
         None, "refuse a run that needs more, as in 1GiB or 500MiB; a GPU then acts like one of that size"
     )
+    graph: str = key(
+        "auto",
+        "auto: on CUDA the whole step is one graph, replayed; off: launched operation by operation",
+        choices=GRAPHS,
+    )
     plan: bool = key(False, "print what the run needs, whether it fits, the largest batch that does; then end")
     seed: int = key(0, "of weights, order and augmentation", at_least=0, at_most=LARGEST_SEED)
-    resume: Optional[str] = key(None, "continue the run of this directory, or last.pt, in a new directory")
+    resume: Optional[str] = key(
+        None,
+        "continue the run of this directory, or last.pt, as it was but for what else is given, in a new one",
+        path=True,
+    )
 
 
 @dataclass
@@ -108,6 +140,9 @@ class AugmentConfig:
 
     pad: int = key(4, "pixels of reflection before the random crop; 0: no crop", at_least=0, remark="0 means: no crop")
     flip: bool = key(True, "horizontal flip with probability 1/2")
+    alternate_flip: bool = key(
+        False, "flip by chance in the first epoch only; every second one mirrors the other half of the images"
+    )
     cutout: int = key(8, "side in pixels of the square set to the mean; 0: none", at_least=0,
                       remark="0 means: no cutout")  # fmt: skip
 
@@ -117,8 +152,8 @@ class DataConfig(Generic[Own]):
     """Where the images come from. `own` holds the keys that only some data sets have."""
 
     name: str = key("synthetic", "data set, chosen by the group data")
-    root: Optional[str] = key(None, "folder of the images or of the archive")
-    cache: Optional[str] = key(None, "folder for decoded images; null: the user's cache folder")
+    root: Optional[str] = key(None, "folder of the images or of the archive", path=True)
+    cache: Optional[str] = key(None, "folder for decoded images; null: the user's cache folder", path=True)
     image_size: Optional[int] = key(None, "side in pixels; null: as the images are", at_least=1)
     classes: Optional[int] = key(None, "number of classes; null: as many as the data set has", at_least=2)
     train_limit: Optional[int] = key(None, "so many training images, balanced over the classes; null: all", at_least=1)
@@ -161,6 +196,10 @@ class CouplingSettings:
     """
 
     residual_scale: float = key(1.0, "s in y1 = x1 + s F(x2) of coupling blocks", above=0)
+    zero_last: bool = key(
+        False,
+        "the last convolution of F and of G starts at zero; identity paths of F, where it has some, stay",
+    )
     stream: str = key(
         "auto",
         "number format of coupling blocks' states, on a grid where sums are exact: float32, int32, int16; "

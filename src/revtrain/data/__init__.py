@@ -6,6 +6,7 @@ A data set's file defines
     load       (data) -> (training split, test split, names of the classes); `data` is a `revtrain.config.DataConfig`
     facts      (data) -> `Facts`, as far as they are known without looking at the images (left out: none)
     check      (data): refuses values before anything is loaded (left out: nothing to refuse)
+    SAME_IMAGES_ANYWHERE   True where `data.root` does not decide which images these are (left out: it does)
 
 Neither torch nor anything that needs it is imported at the head of such a file: the command line reads the `Settings`
 of all of them before torch is there.
@@ -14,6 +15,7 @@ of all of them before torch is there.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from revtrain.config import registry
 
 if TYPE_CHECKING:
-    from revtrain.data.augmentation import Draws, augment, draw_augmentation, normalise
+    from revtrain.data.augmentation import Draws, augment, draw_augmentation, first_flips, normalise
     from revtrain.data.dataset import Dataset, Split, channel_statistics, check_room, load_data
 
 __all__ = [
@@ -34,14 +36,15 @@ __all__ = [
     "check_room",
     "datasets",
     "draw_augmentation",
+    "first_flips",
     "load_data",
     "normalise",
     "user_cache",
 ]
 
-SHARED = ("augmentation", "dataset", "shapes")  # modules of this package that are no data set
+SHARED = ("augmentation", "dataset", "imagefiles", "shapes")  # modules of this package that are no data set
 _MODULES = {
-    "augmentation": ("Draws", "augment", "draw_augmentation", "normalise"),
+    "augmentation": ("Draws", "augment", "draw_augmentation", "first_flips", "normalise"),
     "dataset": ("Dataset", "Split", "channel_statistics", "check_room", "load_data"),
 }
 
@@ -59,9 +62,12 @@ def datasets() -> list[str]:
     return registry.names("data")
 
 
-def user_cache() -> Path:
-    """The folder for downloads and decoded images: $XDG_CACHE_HOME/revtrain, else ~/.cache/revtrain."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "revtrain"
+def user_cache() -> Path | None:
+    """The folder for downloads and decoded images: $XDG_CACHE_HOME/revtrain, else ~/.cache/revtrain; None for a user
+    without a home directory."""
+    with suppress(RuntimeError):
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "revtrain"
+    return None
 
 
 def __getattr__(name: str) -> Any:

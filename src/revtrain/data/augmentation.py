@@ -50,6 +50,11 @@ def draw_augmentation(batch: int, image_size: int, cfg: Any, generator: torch.Ge
     return Draws(offsets, flips, centres)
 
 
+def first_flips(images: int, seed: int) -> Tensor:
+    """(images,) bool: which images of a training set the first epoch mirrors, where flips alternate by epochs."""
+    return torch.rand(images, generator=torch.Generator().manual_seed(seed)) < 0.5
+
+
 def augment(images: Tensor, draws: Draws, mean: Tensor, std: Tensor, cfg: Any) -> Tensor:
     """Reflect-pad and crop, flip, normalise, cut out: uint8 (B, 3, H, W) to float32 (B, 3, H, W).
 

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 
 from revtrain.config import DataConfig, key
 from revtrain.data import Facts, user_cache
-from revtrain.errors import RevtrainError
+from revtrain.errors import RevtrainError, printable
+from revtrain.machine import files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from revtrain.data import Split
 
 NEEDS = ("torchvision",)
+SAME_IMAGES_ANYWHERE = True  # data.root says where the archive lies, not which images it holds
 TIMEOUT_SECONDS = 30.0  # without an answer for so long, the host counts as unreachable
 
 log = logging.getLogger(__name__)
@@ -55,21 +57,40 @@ def load(cfg: DataConfig[Settings]) -> tuple[Split, Split, list[str]]:
     """
     from torchvision.datasets import CIFAR10
 
-    root = Path(cfg.root).expanduser().absolute() if cfg.root else user_cache() / "cifar10"
+    root = _folder(cfg)
     try:
         return _read(root, cfg.image_size)
     except RuntimeError:  # torchvision's word for absent or damaged batches
         pass
+    except OSError as error:
+        raise RevtrainError(
+            f"CIFAR-10 cannot be read: {files.refused(error)}.\n"
+            "Make it readable, or give another folder: data.root=PATH."
+        ) from error
     try:
         root.mkdir(parents=True, exist_ok=True)
         _fetch(root / CIFAR10.filename, cfg.own.url or CIFAR10.url)
         _extract(root / CIFAR10.filename)
     except OSError as error:
         raise RevtrainError(
-            f"CIFAR-10 cannot be kept in {root}: {error.strerror or error}.\n"
+            f"CIFAR-10 cannot be kept in {printable(root)}: {error.strerror or error}.\n"
             "Give a folder that can be written, with room for 400 MB: data.root=PATH."
         ) from error
     return _read(root, cfg.image_size)
+
+
+def _folder(cfg: DataConfig[Settings]) -> Path:
+    """Where the archive is, or will be: `data.root`, else a folder of the user's cache."""
+    if cfg.root:
+        root = files.place(cfg.root, "data.root")
+        return root if root.is_absolute() else files.working_folder() / root
+    cache = user_cache()
+    if cache is None:
+        raise RevtrainError(
+            "data=cifar10 was given without data.root, and there is no home directory to keep the archive in.\n"
+            "Give a folder with room for 400 MB: data.root=PATH."
+        )
+    return cache / "cifar10"
 
 
 def _read(root: Path, image_size: int | None) -> tuple[Split, Split, list[str]]:

@@ -1,7 +1,8 @@
 """Images in folders: `data.root` holds `train/CLASS/*` and `test/CLASS/*`.
 
-Decoded once, by PIL in a thread pool, and cached as uint8. The cache's name is a hash of the listing (paths,
-sizes, times of change) and of the image size, so a changed folder is decoded anew.
+Which files are taken and how they are read: `imagefiles`. Decoded once, in a thread pool, and cached as uint8. The
+cache's name is a hash of the listing (paths, sizes, times of change) and of the image size, so a changed folder is
+decoded anew.
 """
 
 from __future__ import annotations
@@ -9,29 +10,30 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import stat
-import tempfile
-import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageOps
-
 from revtrain.config import DataConfig
-from revtrain.data import Facts, user_cache
-from revtrain.errors import RevtrainError
+from revtrain.data import Facts, imagefiles, user_cache
+from revtrain.errors import RevtrainError, printable
+from revtrain.machine import files
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from torchvision.datasets import ImageFolder
 
     from revtrain.data import Split
+    from revtrain.data.imagefiles import Listing
 
-NEEDS = ("torchvision",)
-CACHE_FORMAT = 1  # part of the hash: raise it when decoding changes
+CACHE_FORMAT = 2  # part of the hash: raise it when decoding changes
+WHOLE = (
+    "data.root must hold train/CLASS/* and test/CLASS/*: one folder for each class, each with at least one image "
+    "(jpg, png, ...)."
+)
+OTHER = "Give a folder that holds test/CLASS/* or CLASS/*, each class with at least one image (jpg, png, ...)."
+MANY_UNUSABLE = 100  # images: then the search for more of them ends
 
 log = logging.getLogger(__name__)
 
@@ -60,53 +62,49 @@ def load(cfg: DataConfig[Any]) -> tuple[Split, Split, list[str]]:
     Raises:
         RevtrainError: missing or empty folders, differing classes, an image that cannot be used.
     """
-    root = Path(check(cfg)).expanduser().absolute()
-    if not root.is_dir():
+    root = files.place(check(cfg), "data.root")
+    root = root if root.is_absolute() else files.working_folder() / root
+    if not files.is_folder(root):
         raise RevtrainError(
-            f"data.root={cfg.root} is no folder ({root}).\nGive a folder that holds train/CLASS/* and test/CLASS/*."
+            f"data.root={printable(cfg.root)} is no folder ({printable(root)}).\n"
+            "Give a folder that holds train/CLASS/* and test/CLASS/*."
         )
-    train, test = _listing(root / "train"), _listing(root / "test")
+    train, test = (_listing(root / split, WHOLE) for split in ("train", "test"))
     if train.classes != test.classes:
         missing = [name for name in train.classes if name not in test.classes]
         extra = [name for name in test.classes if name not in train.classes]
         raise RevtrainError(
-            f"The folders train/ and test/ in {root} hold different classes.\n"
+            f"The folders train/ and test/ in {printable(root)} hold different classes.\n"
             f"Only in train/: {_few(missing)}. Only in test/: {_few(extra)}.\n"
             "Give both the same class folders."
         )
+    imagefiles.say_left_out(root, (train, test))
 
-    folder = Path(cfg.cache).expanduser() if cfg.cache else user_cache() / "imagefolder"
-    cache = folder / f"{_fingerprint(root, train, test, cfg.image_size)}.npz"
-    arrays = _read_cache(cache, (len(train), len(test)))
+    cache = _cache_file(cfg.cache, _fingerprint(root, train, test, cfg.image_size))
+    arrays = _read_cache(cache, (len(train), len(test))) if cache else None
     if arrays is None:
-        arrays = _decode_all(train, test, cfg.image_size)
-        _write_cache(cache, arrays)
-    splits = (_split(images, source) for images, source in zip(arrays, (train, test), strict=True))
-    return *splits, train.classes
+        arrays = _decode_all(root, train, test, cfg.image_size)
+        if cache:
+            _write_cache(cache, arrays)
+    return _split(arrays[0], train), _split(arrays[1], test), train.classes
 
 
-def _split(images: np.ndarray, source: ImageFolder) -> Split:
+def _split(images: np.ndarray, source: Listing) -> Split:
     import torch
 
     from revtrain.data import Split
 
-    return Split(torch.from_numpy(images), torch.tensor(source.targets))
+    return Split(torch.from_numpy(images), torch.tensor(source.labels))
 
 
-def _listing(folder: Path) -> ImageFolder:
-    if not folder.is_dir():
-        raise RevtrainError(
-            f"There is no folder {folder}.\nThe folder data.root must hold train/CLASS/* and test/CLASS/*."
-        )
-    try:
-        from torchvision.datasets import ImageFolder
-
-        return ImageFolder(folder)
-    except FileNotFoundError as error:  # no class folders, or some without an image
-        raise RevtrainError(
-            f"{folder} is empty, or has an empty class: {str(error).splitlines()[0]}\n"
-            "It must hold one folder for each class, each with at least one image (jpg, png, ...)."
-        ) from error
+def _listing(folder: Path, expected: str) -> Listing:
+    """The images of the class folders in `folder`, at least one of each."""
+    if not files.is_folder(folder):
+        raise RevtrainError(f"There is no folder {printable(folder)}.\n{expected}")
+    listing = imagefiles.list_images(folder, by_class=True)
+    if not listing.images or len(set(listing.labels)) < len(listing.classes):
+        raise imagefiles.no_images(listing, expected)
+    return listing
 
 
 def _few(names: list[str]) -> str:
@@ -124,41 +122,34 @@ def load_labelled(folder: str | Path, image_size: int) -> tuple[Split, list[str]
     Raises:
         RevtrainError: no folder, no images, or one that cannot be used.
     """
-    root = Path(folder).expanduser()
-    root = root / "test" if (root / "test").is_dir() else root
-    if not root.is_dir():
-        raise RevtrainError(f"There is no folder {root}.\nGive one that holds test/CLASS/* or CLASS/*.")
-    try:
-        from torchvision.datasets import ImageFolder
-
-        source = ImageFolder(root)
-    except FileNotFoundError as error:
-        raise RevtrainError(
-            f"{root} has no images, or a class without one: {str(error).splitlines()[0]}\n"
-            "Give a folder that holds test/CLASS/* or CLASS/*, each class with at least one image (jpg, png, ...)."
-        ) from error
-    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        images = _decode(source, image_size, True, pool)
+    root = files.place(folder, "--data")
+    root = root / "test" if files.is_folder(root / "test") else root
+    source = _listing(root, OTHER)
+    imagefiles.say_left_out(root, [source])
+    with imagefiles.pillow_quiet() as said, ThreadPoolExecutor() as pool:
+        images, errors = _decode(source, image_size, True, pool)
+    imagefiles.refuse(errors, root)
+    imagefiles.say_remarks(said)
     return _split(images, source), source.classes
 
 
 def image_files(folder: str | Path) -> list[Path]:
-    """All image files in a folder and those below it, by name; or the one file that was given.
+    """All image files in a folder and those below it; or the one file that was given.
 
     Raises:
         RevtrainError: there is no such folder, or no image in it.
     """
-    root = Path(folder).expanduser()
-    if root.is_file():
+    root = files.place(folder, "--images")
+    if os.path.isfile(root):
         return [root]
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    found = sorted(each for each in root.rglob("*") if each.suffix.lower() in IMG_EXTENSIONS and each.is_file())
-    if not found:
-        what = "holds no images" if root.is_dir() else "is no folder"
-        raise RevtrainError(f"{root} {what}.\nGive a folder with images: {', '.join(IMG_EXTENSIONS)}.")
-    return found
+    expected = f"Give a folder with images: {', '.join(imagefiles.SUFFIXES)}."
+    if not files.is_folder(root):
+        raise RevtrainError(f"{printable(root)} is no folder.\n{expected}")
+    listing = imagefiles.list_images(root, by_class=False)
+    if not listing.images:
+        raise imagefiles.no_images(listing, expected)
+    imagefiles.say_left_out(root, [listing])
+    return [Path(path) for path in listing.images]
 
 
 def read_image(path: str | Path, image_size: int) -> torch.Tensor:
@@ -167,105 +158,78 @@ def read_image(path: str | Path, image_size: int) -> torch.Tensor:
     Raises:
         RevtrainError: it is not an image, is damaged, or claims to be huge.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        import torch
+    import torch
 
-        return torch.from_numpy(_pixels(str(path), image_size, resize=True).copy())
+    with imagefiles.pillow_quiet() as said:
+        image = torch.from_numpy(imagefiles.pixels(str(path), image_size, resize=True).copy())
+    imagefiles.say_remarks(said)
+    return image
 
 
 # ---- decoding ----------------------------------------------------------------------------------------------
 
 
-def _decode_all(train: ImageFolder, test: ImageFolder, image_size: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _decode_all(root: Path, train: Listing, test: Listing, image_size: int | None) -> tuple[np.ndarray, np.ndarray]:
     """uint8 arrays (N, 3, H, W) of both splits."""
     log.info("decoding %d images, once", len(train) + len(test))
-    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        side, resize = (image_size, True) if image_size else (_side(train.samples[0][0]), False)
-        return _decode(train, side, resize, pool), _decode(test, side, resize, pool)
+    with imagefiles.pillow_quiet() as said, ThreadPoolExecutor() as pool:
+        side, resize = (image_size, True) if image_size else (imagefiles.side_of(train.images[0]), False)
+        (first, wrong), (second, also_wrong) = (_decode(source, side, resize, pool) for source in (train, test))
+    imagefiles.refuse([*wrong, *also_wrong], root)
+    imagefiles.say_remarks(said)
+    return first, second
 
 
-def _decode(source: ImageFolder, side: int, resize: bool, pool: ThreadPoolExecutor) -> np.ndarray:
+def _decode(
+    source: Listing, side: int, resize: bool, pool: ThreadPoolExecutor
+) -> tuple[np.ndarray, list[RevtrainError]]:
+    """uint8 (N, 3, side, side), and what is wrong with files that cannot be used; their pixels are undefined."""
     import numpy as np
 
     from revtrain.data import check_room
 
-    check_room(len(source), side, source.root)
+    check_room(len(source), side, printable(source.root))
     images = np.empty((len(source), 3, side, side), np.uint8)
 
-    def decode(index: int) -> None:
-        images[index] = _pixels(source.samples[index][0], side, resize)
-
-    for _ in pool.map(decode, range(len(source))):  # the first failure cancels what has not begun
-        pass
-    return images
-
-
-def _side(path: str) -> int:
-    """Side of the first image, which all others must share."""
-    with _opened(path) as image:
-        width, height = image.size
-    if width != height:
-        raise _wrong_size(path, width, height, "images must be square")
-    return width
-
-
-def _pixels(path: str, side: int, resize: bool) -> np.ndarray:
-    """One image as RGB, (3, side, side) uint8."""
-    import numpy as np
-
-    with _opened(path) as image:
-        if image.mode[0] in "IF":  # PIL would clip these to 255 without a word
-            raise RevtrainError(
-                f"{path} has more than 8 bits a channel (PIL mode {image.mode}).\nConvert it to 8 bits first."
-            )
-        if not resize and image.size != (side, side):
-            raise _wrong_size(path, *image.size, f"the first one is {side}x{side} pixels")
+    def decode(index: int) -> RevtrainError | None:
         try:
-            image = image.convert("RGB")
-        except Exception as error:
-            raise _unreadable(path, error) from error
-        if resize:
-            image = ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
-        return np.asarray(image).transpose(2, 0, 1)
+            images[index] = imagefiles.pixels(source.images[index], side, resize)
+        except RevtrainError as error:
+            return error
+        return None
 
-
-def _opened(path: str) -> Image.Image:
-    try:
-        return Image.open(path)
-    except Exception as error:  # PIL's decoders raise nearly anything on a damaged file
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: str, error: Exception) -> RevtrainError:
-    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return RevtrainError(
-            f"{path} claims to be huge: {error}\nRemove it, or shrink it to {Image.MAX_IMAGE_PIXELS} pixels or fewer."
-        )
-    return RevtrainError(f"{path} is not an image, or is damaged: {error}\nRepair or remove it.")
-
-
-def _wrong_size(path: str, width: int, height: int, expected: str) -> RevtrainError:
-    return RevtrainError(
-        f"{path} is {width}x{height} pixels, but {expected}.\n"
-        "Give data.image_size=32 (or another side) to resize and crop all images to one size."
-    )
+    errors = []
+    for error in pool.map(decode, range(len(source))):
+        if error is not None:
+            errors.append(error)
+            if len(errors) == MANY_UNUSABLE:  # leaving the loop cancels what has not begun
+                break
+    return images, errors
 
 
 # ---- cache -------------------------------------------------------------------------------------------------
 
 
-def _fingerprint(root: Path, train: ImageFolder, test: ImageFolder, image_size: int | None) -> str:
+def _cache_file(folder: str | None, name: str) -> Path | None:
+    """Where the decoded images are kept; None: nowhere."""
+    if folder:
+        return files.place(folder, "data.cache") / f"{name}.npz"
+    cache = user_cache()
+    if cache is None:
+        log.warning("decoded images cannot be cached: there is no home directory; data.cache=FOLDER gives them a place")
+        return None
+    return cache / "imagefolder" / f"{name}.npz"
+
+
+def _fingerprint(root: Path, train: Listing, test: Listing, image_size: int | None) -> str:
     digest = hashlib.sha256(f"{CACHE_FORMAT} {image_size}\n".encode())
-    for path, _ in train.samples + test.samples:
+    for path in (*train.images, *test.images):
         try:
             status = os.stat(path)
-        except OSError as error:  # a link to nothing, or to itself
-            raise _unreadable(path, error) from error
-        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
-            raise RevtrainError(f"{path} is not an image, but a pipe or a device.\nRemove it.")
-        digest.update(f"{os.path.relpath(path, root)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+            state = f"{status.st_size}\0{status.st_mtime_ns}"
+        except OSError:  # reading it will say why
+            state = "unreadable"
+        digest.update(os.fsencode(os.path.relpath(path, root)) + f"\0{state}\n".encode())
     return digest.hexdigest()[:32]
 
 
@@ -273,33 +237,30 @@ def _read_cache(cache: Path, counts: tuple[int, int]) -> tuple[np.ndarray, np.nd
     """The cached arrays; None where there are none or the zip's checksums tell of damage."""
     import numpy as np
 
-    if not cache.exists():
-        return None
     try:
         with cache.open("rb") as raw, np.load(raw) as file:
             arrays = file["train"], file["test"]
         for images, count in zip(arrays, counts, strict=True):
             if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:2] != (count, 3):
                 raise ValueError(f"unexpected array {images.dtype} {images.shape}")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        log.warning("the cache %s is damaged (%s): decoding anew", cache, error)
+        state = "cannot be read" if isinstance(error, OSError) and error.errno else "is damaged"
+        log.warning("the cache %s %s (%s): decoding anew", cache, state, error)
         return None
     log.info("decoded images read from %s", cache)
     return arrays
 
 
 def _write_cache(cache: Path, arrays: tuple[np.ndarray, np.ndarray]) -> None:
-    """Write aside, then rename: a reader sees a whole cache or none. A failure costs time, not the run."""
+    """A reader sees a whole cache or none. A failure costs time, not the run."""
     import numpy as np
 
-    part = None
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cache.parent, suffix=".part", delete=False) as file:
-            part = Path(file.name)
+        with files.replacing(cache) as file:
             np.savez(file, train=arrays[0], test=arrays[1])
-        part.replace(cache)
     except OSError as error:
-        log.warning("decoded images cannot be cached at %s: %s", cache, error)
-        if part is not None:
-            part.unlink(missing_ok=True)
+        log.warning("decoded images cannot be cached: %s; data.cache=FOLDER gives them another place",
+                    files.refused(error))  # fmt: skip

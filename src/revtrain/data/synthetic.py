@@ -18,6 +18,7 @@ from revtrain.errors import RevtrainError
 if TYPE_CHECKING:
     from revtrain.data import Split
 
+SAME_IMAGES_ANYWHERE = True  # they are drawn
 IMAGE_SIZE = 32
 CLASSES = 10  # the shapes of `revtrain.data.shapes`
 

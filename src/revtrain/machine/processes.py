@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from revtrain.config import Config
 from revtrain.errors import RevtrainError
 from revtrain.layers import synchronise_batch_norms
-from revtrain.machine import torchrun
+from revtrain.machine import sigterm, torchrun
 
 # Lost processes are noticed otherwise: this bounds how long the others wait for one that downloads or decodes images.
 TIMEOUT = timedelta(hours=1)
@@ -153,6 +153,12 @@ class Processes:
         network.broadcast_buffers = False
         return network
 
+    @contextmanager
+    def averaging(self, network: nn.Module, now: bool) -> Iterator[None]:
+        """A backward pass of what `wrap` returned, whose gradients are averaged `now`, or only added up here."""
+        with nullcontext() if now or self.size == 1 else network.no_sync():  # type: ignore[operator]
+            yield
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the processes; the values stay as they are."""
         if self.size == 1:
@@ -164,6 +170,10 @@ class Processes:
     def mean(self, values: Tensor) -> Tensor:
         """The mean over the processes; the values stay as they are."""
         return self.sum(values) / self.size if self.size > 1 else values
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether one of the processes says so; all must ask at the same place. Waits for a GPU."""
+        return flag if self.size == 1 else bool(self.sum(torch.tensor(float(flag), device=device)).item())
 
     def of_leader(self, value: Any) -> Any:
         """What the first process gives."""
@@ -237,7 +247,7 @@ class Processes:
             first = json.loads(store.compare_set("failure", "", json.dumps(own)))
         except Exception:  # the store went with the process that held it
             first = own
-        if first["rank"] == self.rank and not lost:
+        if (first["rank"] == self.rank and not lost) or isinstance(error, sigterm.Terminated):
             return error
         if first["kind"] == "KeyboardInterrupt":
             return KeyboardInterrupt()

@@ -1,4 +1,8 @@
-"""SIGTERM: the word of a scheduler or a spot machine that the process will be killed in a few seconds.
+"""Signals that ask a process to end: a scheduler or a spot machine will kill it soon, or its terminal closes.
+
+SIGTERM is what most send; SIGUSR1, SIGUSR2 and SIGXCPU are warnings of SLURM, Grid Engine and others before their time
+limits; SIGHUP comes when the terminal is closed. All are treated alike. One that is ignored already, as SIGHUP under
+nohup, stays ignored, and one that a host program has taken stays with that.
 
 `Terminated` is a `KeyboardInterrupt`: everything that lets Ctrl-C through, as Hydra's sweeps do, lets it through.
 Within `watching` it is raised at once, wherever the program is. Within `deferred` the program asks for it
@@ -7,56 +11,77 @@ Within `watching` it is raised at once, wherever the program is. Within `deferre
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from revtrain.machine import torchrun
+NAMES = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was asked to end."""
+    """The process was asked to end, by the signal `number`."""
+
+    def __init__(self, number: int = signal.SIGTERM):
+        super().__init__(number)
+        self.number = number
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.number).name
+
+    @property
+    def exit_code(self) -> int:
+        """As a shell reports the end by this signal."""
+        return 128 + self.number
 
 
-_asked = False
+_asked: int | None = None  # the signal that came first
 _deferring = False
 
 
 def asked() -> bool:
-    """Whether SIGTERM has come since `watching` was entered."""
-    return _asked
+    """Whether a signal has come since `watching` was entered."""
+    return _asked is not None
+
+
+def terminated() -> Terminated:
+    """What to raise after the signal that has come; SIGTERM where another process has got it."""
+    return Terminated(_asked or signal.SIGTERM)
 
 
 @contextmanager
 def watching() -> Iterator[None]:
-    """Turn SIGTERM into `Terminated`, for as long as this lasts.
+    """Turn the signals into `Terminated`, for as long as this lasts.
 
-    Under torchrun, which ends all processes when one has failed, and outside of the main thread nothing is done; within
-    another `watching` only one thing:
+    Outside of the main thread nothing is done; within another `watching` only one thing:
 
     Raises:
-        Terminated: SIGTERM came, and was noted only, before this was entered.
+        Terminated: a signal came, and was noted only, before this was entered.
     """
     global _asked
-    outside = torchrun.size() > 1 or threading.current_thread() is not threading.main_thread()
+    outside = threading.current_thread() is not threading.main_thread()
     if outside or signal.getsignal(signal.SIGTERM) is _handle:
-        if _asked:
-            raise Terminated
+        if _asked is not None:
+            raise terminated()
         yield
         return
-    _asked = False
-    before = signal.signal(signal.SIGTERM, _handle)
+    _asked = None
+    taken = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+    free = [each for each in taken if each == signal.SIGTERM or signal.getsignal(each) == signal.SIG_DFL]
+    before = {each: signal.signal(each, _handle) for each in free}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Only note SIGTERM, for as long as this lasts."""
+    """Only note the signals, for as long as this lasts."""
     global _deferring
     _deferring = True
     try:
@@ -67,6 +92,21 @@ def deferred() -> Iterator[None]:
 
 def _handle(number: int, frame: Any) -> None:
     global _asked
-    _asked = True
+    if _asked is None:
+        _asked = number
+    if number == getattr(signal, "SIGHUP", None):
+        _leave_dead_terminal()
     if not _deferring:
-        raise Terminated
+        raise Terminated(number)
+
+
+def _leave_dead_terminal() -> None:
+    """What is said to a terminal that was closed goes nowhere, in the place of an error in the middle of saving."""
+    for stream in (1, 2):
+        try:
+            os.write(stream, b"")
+        except OSError:
+            with suppress(OSError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream)
+                os.close(nowhere)

@@ -6,8 +6,11 @@ line asks before torch is needed.
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from revtrain.errors import RevtrainError
 
@@ -54,3 +57,14 @@ def refuse_sweep() -> None:
             f"A sweep (-m) was asked for in each of {size()} processes of torchrun; one torchrun takes one run.\n"
             "Start the sweep without torchrun, or torchrun once for every run."
         )
+
+
+def leave(code: int) -> NoReturn:
+    """End this process. One of several ends without the interpreter's cleaning up, in which threads of torch's
+    connections abort a process now and then, after complete work."""
+    if size() > 1:
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -17,12 +17,12 @@ import shlex
 import warnings
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, Protocol, get_args, get_origin, get_type_hints, is_typeddict
 
 import torch
 from torch import nn
 
-from revtrain.config import flatten
+from revtrain.config import flatten, word
 from revtrain.errors import RevtrainError
 from revtrain.machine import torchrun as launch
 from revtrain.machine.files import write_atomic
@@ -37,6 +37,14 @@ FORMAT = f"{FAMILY}3"
 SEAL = b"\nrevtrain sha256 "  # then 64 digits and a line feed end the file
 
 
+class Stateful(Protocol):
+    """What can be put down in a checkpoint and put back."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
 def _classes(hint: Any) -> tuple[type, ...]:
     """What `isinstance` must be asked for a value of this type: dict[str, Any] | None -> (dict, NoneType)."""
     options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
@@ -45,10 +53,17 @@ def _classes(hint: Any) -> tuple[type, ...]:
 
 # checked before the network is there to judge the rest
 TYPES = {name: _classes(hint) for name, hint in get_type_hints(schema.Checkpoint).items()}
+# parts that a checkpoint of before has not
+LATER: dict[str, Any] = {"average": None}
 # another value here is another network: the weights do not fit
 NETWORK_KEYS = ("arch", "depth", "width", "pooling")
 # another value here leaves every number of the run the same
-FREE_KEYS = ("resume", "experiment", "memory_limit", "plan", "data.root", "data.url", "data.cache")
+FREE_KEYS = (
+    *("resume", "experiment", "memory_limit", "graph", "plan", "target_accuracy"),
+    *("data.root", "data.url", "data.cache"),
+)
+# of an optimizer's groups: how it works rather than what it has come to
+OWN_WAY = ("fused", "foreach", "capturable", "differentiable")
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -78,29 +93,43 @@ def load(path: str | Path, key: str = "resume=") -> dict[str, Any]:
     Raises:
         RevtrainError: missing, damaged, or not a checkpoint of revtrain.
     """
-    path = Path(path)
+    state, error = _find(Path(path), key)
+    if error is not None:
+        log.warning("resume     %s\n           Going on from %s instead, which is whole.",
+                    str(error).rpartition("\n")[0].replace("\n", "\n           "), state["path"])  # fmt: skip
+    state["history"] = _read_lines(state["path"].with_name(METRICS), state["lines"], state["epoch"])
+    return state
+
+
+def config_of(path: str | Path) -> dict[str, Any]:
+    """The resolved configuration of the run in a checkpoint; `path` and what is raised are as with `load`."""
+    config: dict[str, Any] = _find(Path(path), "resume=")[0]["config"]
+    return config
+
+
+def _find(path: Path, key: str) -> tuple[dict[str, Any], RevtrainError | None]:
+    """The file, or of a directory the one that can be used, and why `last.pt` is not that."""
     if not path.is_dir():
-        return _read(path, key)
+        return _read(path, key), None
     last, previous = path / NAME, path / PREVIOUS
     try:
-        return _read(last, key)
+        return _read(last, key), None
     except RevtrainError as error:
         if not previous.is_file():
             raise
         try:
-            state = _read(previous, key)
+            return _read(previous, key), error
         except RevtrainError:
             raise error from None
-        log.warning("resume     %s\n           Going on from %s instead, which is whole.",
-                    str(error).rpartition("\n")[0].replace("\n", "\n           "), previous)  # fmt: skip
-        return state
 
 
 def _read(path: Path, key: str) -> dict[str, Any]:
     """One file, its checksum verified."""
     remedy = f"Give the {NAME} of an earlier run of revtrain; nothing was changed."
     if path.name == NAME and path.with_name(PREVIOUS).is_file():
-        remedy = f"Nothing was changed. The checkpoint before it: {key}{path.with_name(PREVIOUS)}"
+        before = str(path.with_name(PREVIOUS))
+        before = shlex.quote(word(key[:-1], before) if key else before)
+        remedy = f"Nothing was changed. The checkpoint before it: {before}"
     if not path.is_file():
         raise RevtrainError(
             f"{key}{path} was given; there is no such file.\n"
@@ -135,10 +164,10 @@ def _read(path: Path, key: str) -> dict[str, Any]:
         raise refusal(f"the file is no checkpoint of this revtrain ({FORMAT!r}).\nIt holds: {held}.")
     if not whole:
         raise refusal("the file is truncated or damaged: its checksum is missing, or wrong.")
+    state = LATER | state
     wrong = [name for name, kinds in TYPES.items() if name not in state or not isinstance(state[name], kinds)]
     if wrong:
         raise refusal(f"the file is incomplete: {', '.join(wrong)} missing, or not of the type expected.")
-    state["history"] = _read_lines(path.with_name(METRICS), state["lines"], state["epoch"])
     return state | {"path": path}
 
 
@@ -211,7 +240,7 @@ def check_compatible(
             "resume: the checkpoint is of another network.\n"
             f"In the checkpoint: {', '.join(f'{key}={before.get(key)}' for key in foreign)}; "
             f"given now: {', '.join(f'{key}={now[key]}' for key in foreign)}.\n"
-            f"Repeat its own command line: {command(state['overrides'], config['resume'])}"
+            f"To go on with it as it was: {command(config['resume'])}"
         )
     if state["epoch"] >= config["epochs"] and not in_place:
         raise RevtrainError(
@@ -236,18 +265,29 @@ def capture(
     scaler: torch.amp.GradScaler,
     generator: torch.Generator,
     device: torch.device,
+    average: Stateful | None = None,
 ) -> dict[str, Any]:
     """The state that `restore` puts back."""
     return {
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "optimizer": _with_numbers(optimizer.state_dict()),
         "scaler": scaler.state_dict(),
+        "average": None if average is None else average.state_dict(),
         "rng": {
             "cpu": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             "data": generator.get_state(),
         },
     }
+
+
+def _with_numbers(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state whose rates are numbers, also where they lie on the device: what goes on may be a CPU."""
+    groups = [
+        {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in group.items()}
+        for group in state["param_groups"]
+    ]
+    return state | {"param_groups": groups}
 
 
 def restore(
@@ -257,16 +297,23 @@ def restore(
     scaler: torch.amp.GradScaler,
     generator: torch.Generator,
     device: torch.device,
+    average: Stateful | None = None,
 ) -> None:
-    """Put a captured state back, random generators last: whatever ran before has no influence.
+    """Put a captured state back, random generators last: whatever ran before has no influence. An average of which the
+    state holds nothing begins anew.
 
     Raises:
         RevtrainError: the weights do not fit the model.
     """
     try:
         model.load_state_dict(state["model"])
+        own_way = [{key: group[key] for key in OWN_WAY if key in group} for group in optimizer.param_groups]
         optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(optimizer.param_groups, own_way, strict=True):
+            group.update(own)
         scaler.load_state_dict(state["scaler"])
+        if average is not None and state["average"] is not None:
+            average.load_state_dict(state["average"])
         torch.set_rng_state(state["rng"]["cpu"])
         if device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"], device)
@@ -278,10 +325,9 @@ def restore(
         ) from error
 
 
-def command(overrides: list[str], resume: str | Path) -> str:
-    """The command line that continues a run."""
-    kept = [each for each in overrides if not each.startswith("resume=")]
-    return shlex.join([*launch.command(), *kept, f"resume={resume}"])
+def command(resume: str | Path) -> str:
+    """The command line that continues a run as it was, to be pasted into a shell."""
+    return shlex.join([*launch.command(), word("resume", str(resume))])
 
 
 def _first_line(error: Exception) -> str:

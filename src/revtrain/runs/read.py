@@ -69,6 +69,8 @@ class Run:
     params: float | None = None
     test_accuracy: float | None = None
     best_test_accuracy: float | None = None
+    test_accuracy_flip: float | None = None  # of image and mirror image averaged
+    test_accuracy_ema: float | None = None  # of the average of the weights
     train_seconds: float | None = None
     images_per_second: float | None = None
     snr_db: dict[str, float] = field(default_factory=dict)  # of the last probe: layer -> dB, in forward order
@@ -76,6 +78,8 @@ class Run:
     snr_minimum_db: float | None = None
     snr_minimum_layer: str | None = None
     bytes_per_pixel: float | None = None
+    macs_per_image: float | None = None
+    target_seconds: float | None = None  # of training, until the run's target accuracy
     step_peak_mib: float | None = None  # counted: storages alive in a training step, weights included
     vram_allocated_mib: float | None = None  # measured on a GPU
     vram_reserved_mib: float | None = None
@@ -230,6 +234,7 @@ def _result(path: Path, note: Any) -> dict[str, Any]:
     memory = _Values(values.mapping("memory_bytes"), note, "memory_bytes.")
     vram = _Values(values.mapping("peak_vram_mib"), note, "peak_vram_mib.")
     device = _Values(values.mapping("device"), note, "device.")
+    reached = _Values(values.mapping("target_reached"), note, "target_reached.")
     peak = memory.number("peak", low=0)
     status = values.text("status") or UNKNOWN
     return {
@@ -240,13 +245,18 @@ def _result(path: Path, note: Any) -> dict[str, Any]:
         "epochs_done": int(values.number("epochs", low=0, high=LAST_EPOCH) or 0),
         "params": values.number("params", low=0),
         "test_accuracy": values.number("test_accuracy", low=0, high=1),
-        "best_test_accuracy": values.number("best_test_accuracy", low=0, high=1),
+        **{
+            key: values.number(key, low=0, high=1)
+            for key in ("best_test_accuracy", "test_accuracy_flip", "test_accuracy_ema")
+        },
         "train_seconds": values.number("train_seconds", low=0),
         "images_per_second": values.number("images_per_second", low=0),
         "snr_db": _layers(snr),
         "snr_minimum_db": snr.number("minimum"),
         "snr_minimum_layer": snr.text("minimum_layer"),
         "bytes_per_pixel": values.number("bytes_per_pixel", low=0),
+        "macs_per_image": values.number("macs_per_image", low=0),
+        "target_seconds": reached.number("train_seconds", low=0),
         "step_peak_mib": None if peak is None else peak / MIB,
         "vram_allocated_mib": vram.number("allocated", low=0),
         "vram_reserved_mib": vram.number("reserved", low=0),

@@ -4,6 +4,7 @@ A run directory holds
 
     .hydra/          the composed configuration and the command line, as Hydra writes them
     .lock            held by the process that works in the folder
+    job.json         of a sweep's job: what it was asked for
     train.log        what was said on the terminal, dated; tracebacks
     metrics.jsonl    one `Line` for each epoch, epoch 0 being the state before the first step
     result.json      one `Result`, replaced in one step when training starts and when it ends
@@ -18,19 +19,17 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypedDict
 
-from revtrain.machine.files import LOCK
-
 RESULT = "result.json"
 METRICS = "metrics.jsonl"
 CHECKPOINT = "last.pt"
 PREVIOUS = "previous.pt"
 LOG = "train.log"
+JOB = "job.json"
 EVENTS = "events.out.tfevents.*"  # a pattern
 HYDRA = ".hydra"
 CONFIG = f"{HYDRA}/config.yaml"
 
 TRACES = (RESULT, METRICS, CHECKPOINT)  # where one of them is, a run has been
-KEPT = (HYDRA, LOG, LOCK)  # when a job is repeated in its folder
 
 # `running` is also what a killed run leaves behind; `interrupted`: Ctrl-C or SIGTERM; `planned`: plan=true, nothing was
 # trained
@@ -63,11 +62,29 @@ class GradientErrors(TypedDict):
     parameters: dict[str, GradientOfParameter]
 
 
+class Halves(TypedDict):
+    """The two halves of the last state of a reversible network, in a probe."""
+
+    correlation: float  # -1..1, of channel i of the one with channel i of the other; near 1 they are copies
+    effective_rank: float  # of all channels
+    channels: int
+    layers: dict[str, float]  # the correlation behind each layer of the trunk
+
+
 class PeakVram(TypedDict):
     """The most GPU memory that PyTorch took during training steps, in MiB."""
 
     allocated: float  # by tensors
     reserved: float  # by the allocator, from the driver
+
+
+class Reached(TypedDict):
+    """When a run came to its `target_accuracy`; all of the training up to the end of that epoch."""
+
+    accuracy: float  # on the test images, then
+    epoch: int
+    train_seconds: float  # of training steps alone
+    train_images: int
 
 
 class MemoryBytes(TypedDict):
@@ -90,11 +107,14 @@ class Line(TypedDict):
     loss_test: float | None
     accuracy_train: float | None
     accuracy_test: float | None
+    accuracy_test_flip: float | None  # of the mean of logits of image and mirror image; null without test_flip
+    accuracy_test_ema: float | None  # of the average of the weights; null without ema_decay
     train_images: int | None  # in the training steps of this epoch
     train_seconds: float | None  # that they took
     images_per_second: float | None
     snr_db: Snr | None  # null in epochs without a probe, and with backward=store
     gradients: GradientErrors | None
+    halves: Halves | None  # null in epochs without a probe, and for a network that has none
     stream_overflows: int | None  # values beyond the range of the states' grid since the start; null: no grid
     peak_vram_mib: PeakVram | None  # null without CUDA
 
@@ -110,15 +130,20 @@ class Result(TypedDict):
     epochs: int  # completed
     test_accuracy: float | None  # after the last epoch
     best_test_accuracy: float | None
+    test_accuracy_flip: float | None  # after the last epoch, as in `Line`
+    test_accuracy_ema: float | None
+    target_reached: Reached | None  # null: no target, or not reached
     train_seconds: float | None  # of training steps alone, those of a run that was resumed included
     images_per_second: float | None
     snr_db: Snr | None  # of the last probe
     gradients: GradientErrors | None  # of the last probe
+    halves: Halves | None  # of the last probe
     gradients_trusted: bool | None  # whether every one pointed the right way at every probe
     stream_overflows: int | None
     peak_vram_mib: PeakVram | None  # over all training steps
     bytes_per_pixel: float | None  # stored for a training step, by input pixel: weights and their gradients apart
     memory_bytes: MemoryBytes | None
+    macs_per_image: int | None  # multiply-accumulates of forward and backward pass, recomputation included
     plan: dict[str, Any] | None  # what a `revtrain.planning.plan.Plan` lists, sizes in bytes
     device: dict[str, Any] | None  # name, title, memory_mib, cpu_threads, processes
     versions: dict[str, str | None]  # of Python and the packages that a result depends on
@@ -151,6 +176,7 @@ class Checkpoint(TypedDict):
     model: dict[str, Any]  # state_dict
     optimizer: dict[str, Any]  # state_dict
     scaler: dict[str, Any]  # state_dict, {} but for fp16
+    average: dict[str, Any] | None  # of the weights, with its steps; None without ema_decay
     rng: dict[str, Any]  # states of the generators: cpu, cuda, data
     best_accuracy: float  # on the test images so far
     lines: int  # of metrics.jsonl so far
@@ -161,6 +187,8 @@ class Tag:
 
     ACCURACY_TRAIN = "accuracy/train"
     ACCURACY_TEST = "accuracy/test"
+    ACCURACY_TEST_FLIP = "accuracy/test_flip"
+    ACCURACY_TEST_EMA = "accuracy/test_ema"
     LOSS_TRAIN = "loss/train"
     LOSS_TEST = "loss/test"
     LR = "lr"
@@ -168,7 +196,10 @@ class Tag:
     SNR_OF_LAYER = "snr_db/"  # followed by the layer's name
     GRADIENT_COSINE = "gradients/minimum_cosine"
     GRADIENT_ERROR = "gradients/maximum_relative_error"
+    HALVES_CORRELATION = "halves/correlation"
+    HALVES_RANK = "halves/effective_rank"
     PEAK_VRAM = "memory/peak_vram_mib"
+    LIVE = "memory/live_mib"  # of a training step, counted: the same on any machine
     BYTES_PER_PIXEL = "memory/bytes_per_pixel"
     SPEED = "speed/images_per_second"
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import platform
+import shlex
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
-from revtrain.machine.files import write_atomic
+from revtrain.machine.files import naming, sync, write_atomic
+from revtrain.numerics.decibels import EXACT_DB, snr_text
 from revtrain.numerics.fidelity import trusted
 from revtrain.runs import schema
 from revtrain.runs.dashboard import Dashboard
@@ -35,8 +36,6 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
-
-EXACT_DB = 320.0  # revtrain.numerics.snr.SNR_CEILING_DB: no error at all; named here, too, since that imports torch
 
 
 def new_result(config: dict[str, Any], overrides: list[str]) -> Result:
@@ -113,7 +112,7 @@ class RunWriter:
             "parameters": plan.parameter_bytes,
             "gradients": plan.gradient_bytes,
             "optimizer": plan.optimizer_bytes,
-            "activations": plan.activation_bytes + plan.scratch_bytes,
+            "activations": plan.activation_bytes + plan.scratch_bytes + plan.buffer_bytes,
         }
 
     def start(self, history: list[Line], timeline: Any = None) -> None:
@@ -123,7 +122,8 @@ class RunWriter:
             timeline: a `revtrain.planning.predict.StepTimeline` to draw.
         """
         write_atomic(self.run_dir / schema.METRICS, b"".join(map(_encoded, history)))
-        self._dashboard = Dashboard(self.run_dir, self.result["config"], timeline)
+        on_gpu = str((self.result["device"] or {}).get("name", "")).startswith("cuda")
+        self._dashboard = Dashboard(self.run_dir, self.result["config"], timeline, on_gpu)
         for line in history:
             self._take(line)
         write_result(self.run_dir, {**self.result, "status": "running"})
@@ -134,10 +134,11 @@ class RunWriter:
         Args:
             line: None where not measured.
         """
-        with open(self.run_dir / schema.METRICS, "ab") as file:
+        path = self.run_dir / schema.METRICS
+        with naming(path), open(path, "ab") as file:
             file.write(_encoded(line))
             file.flush()
-            os.fsync(file.fileno())  # the next checkpoint counts on it
+            sync(file)  # the next checkpoint counts on it
         self._take(line)
 
     def _take(self, line: Line) -> None:
@@ -166,13 +167,15 @@ class RunWriter:
         accuracy, best = _percent(result["test_accuracy"]), _percent(result["best_test_accuracy"])
         rows = {
             "test accuracy": f"{accuracy} (best {best})",
+            **_apart(result),
+            **_target(result),
             "minimum SNR": _snr(snr),
             "gradients": _gradients(result),
             "memory": f"{result['bytes_per_pixel']:.1f} bytes per pixel, weights and their gradients apart",
-            "peak VRAM": "no CUDA",
+            "peak VRAM": f"no CUDA{_live(result)}",
             "speed": f"{_rate(result['images_per_second'])}, {result['train_seconds']:,.0f} s in all",
             "run": folder,
-            "dashboard": f"tensorboard --logdir {folder}",
+            "dashboard": f"tensorboard --logdir {shlex.quote(folder)}",
         }
         if vram:
             rows["peak VRAM"] = f"{vram['allocated']} MiB allocated, {vram['reserved']} MiB reserved"
@@ -187,6 +190,8 @@ class RunWriter:
         result["epochs"], result["stream_overflows"] = line["epoch"], line["stream_overflows"]
         if line["snr_db"]:
             result["snr_db"] = line["snr_db"]
+        if halves := line.get("halves"):  # a line of before has none
+            result["halves"] = halves
         if compared := line["gradients"]:
             result["gradients"] = compared
             result["gradients_trusted"] = bool(trusted(line)) and result["gradients_trusted"] is not False
@@ -201,9 +206,17 @@ class RunWriter:
         if (accuracy := line["accuracy_test"]) is not None:
             result["test_accuracy"] = accuracy
             result["best_test_accuracy"] = max(accuracy, result["best_test_accuracy"] or 0.0)
+        result["test_accuracy_flip"] = line.get("accuracy_test_flip")  # a line of before has none
+        result["test_accuracy_ema"] = line.get("accuracy_test_ema")
         self._trained_images += line["train_images"] or 0
         self._train_seconds += line["train_seconds"]
         result["train_seconds"] = self._train_seconds
+        target = result["config"].get("target_accuracy")
+        if target is not None and accuracy is not None and accuracy >= target and result["target_reached"] is None:
+            result["target_reached"] = {
+                "accuracy": accuracy, "epoch": line["epoch"], "train_seconds": self._train_seconds,
+                "train_images": self._trained_images,
+            }  # fmt: skip
         # a clock that stood still measures nothing
         result["images_per_second"] = self._trained_images / self._train_seconds if self._train_seconds else None
 
@@ -237,12 +250,33 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _apart(result: Result) -> dict[str, str]:
+    rows = {"with flips": result["test_accuracy_flip"], "averaged": result["test_accuracy_ema"]}
+    return {name: _percent(accuracy) for name, accuracy in rows.items() if accuracy is not None}
+
+
+def _target(result: Result) -> dict[str, str]:
+    target, reached = result["config"].get("target_accuracy"), result["target_reached"]
+    if target is None:
+        return {}
+    when = "not reached" if reached is None else (
+        f"reached in epoch {reached['epoch']}, after {reached['train_seconds']:,.1f} s and "
+        f"{reached['train_images']:,} images"
+    )  # fmt: skip
+    return {f"{100 * target:g} %": when}
+
+
+def _live(result: Result) -> str:
+    memory = result["memory_bytes"]
+    return f"; {memory['peak'] / 2**20:,.1f} MiB of live bytes a step, counted" if memory else ""
+
+
 def _snr(snr: Snr | None) -> str:
     if snr is None:
         return "not measured"
     if snr["minimum"] >= EXACT_DB:
         return "exact: every layer's input was rebuilt to the last bit"
-    return f"{snr['minimum']:.1f} dB at {snr['minimum_layer']}"
+    return f"{snr_text(snr['minimum'])} at {snr['minimum_layer']}"
 
 
 def _rate(images_per_second: float | None) -> str:
@@ -261,8 +295,10 @@ def _percent(accuracy: float | None) -> str:
 
 
 def _short(path: Path) -> str:
-    """Relative to where the user is, if the path lies below."""
+    """Relative to where the user is, if the path lies below; within the folder itself (hydra.job.chdir) the user is
+    elsewhere."""
     try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
+        relative = path.resolve().relative_to(Path.cwd())
+    except (ValueError, OSError):
         return str(path)
+    return str(relative) if relative.parts else str(path)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from revtrain.config import Config, InvertibleSettings
 from revtrain.errors import RevtrainError
 from revtrain.machine import device as devices
-from revtrain.machine.files import DISK_FULL
+from revtrain.machine import files
 from revtrain.machine.processes import Processes
 from revtrain.models import Images, traits
 from revtrain.planning import plan as planning
@@ -63,21 +63,25 @@ def folder_taken(run_dir: Path) -> RevtrainError:
     )
 
 
-def explain(error: Exception, run_dir: Path, overrides: list[str]) -> RevtrainError | None:
+def explain(error: Exception, run_dir: Path) -> RevtrainError | None:
     """What the user can do about an error from below; None where it is a bug of ours."""
     if isinstance(error, RevtrainError):
         return error
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
-        return RevtrainError(
-            f"The disk is full: a file in {run_dir} could not be written ({error.strerror}).\n"
-            "What last.pt held before is still whole. Make room, then continue:\n"
-            f"{checkpoint.command(overrides, run_dir)}"
+    if isinstance(error, OSError) and error.errno in files.DISK_FULL and files.is_about(error, run_dir):
+        saved = any((run_dir / name).exists() for name in (checkpoint.NAME, checkpoint.PREVIOUS))
+        remedy = (
+            f"What last.pt held before is still whole. Make room, then continue:\n{checkpoint.command(run_dir)}"
+            if saved
+            else "Nothing had been saved yet. Make room, then give the same command again."
         )
-    if isinstance(error, OSError) and error.filename:
-        at = Path(error.filename).absolute()
-        if at == run_dir or at in run_dir.parents or run_dir in at.parents:
-            return _unusable_folder(error, run_dir)
-    return None
+        return RevtrainError(
+            f"The disk is full: a file in {run_dir} could not be written ({error.strerror}).\n{remedy}"
+        )
+    if not isinstance(error, OSError):
+        return None
+    if files.is_about(error, run_dir):
+        return _unusable_folder(error, run_dir)
+    return RevtrainError(files.told(error))
 
 
 def _unusable_folder(error: OSError, run_dir: Path) -> RevtrainError:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,11 +15,12 @@ from revtrain.config import ProbeConfig
 from revtrain.data import Split
 from revtrain.layers import unsynchronised
 from revtrain.machine import device as devices
-from revtrain.numerics import gradients, snr
+from revtrain.numerics import gradients, halves, snr
 from revtrain.numerics.fidelity import summarise_gradients
 
 log = logging.getLogger(__name__)
 
+LEAST_IMAGES = 2  # of which batch norms can take statistics
 BATCH_SEED = 0  # the same images in every run, whatever its seed
 
 
@@ -39,14 +43,17 @@ class Probe:
         return self.every > 0 and epoch % self.every == 0
 
     def measure(self, model: nn.Module, images: Tensor, device: torch.device, precision: str) -> dict[str, Any]:
-        """`snr_db` and, if asked for, `gradients` of a line of metrics.jsonl.
+        """`snr_db`, `halves` and, if asked for, `gradients` of a line of metrics.jsonl.
 
         Args:
             images: `self.images`, normalised and on `device`.
         """
         batch = images, self.labels.to(device)
         with devices.autocast(device, precision), unsynchronised(model):
-            found: dict[str, Any] = {"snr_db": summarise_snr(snr.probe_snr(model, *batch))}
+            found: dict[str, Any] = {
+                "snr_db": summarise_snr(snr.probe_snr(model, *batch)),
+                "halves": halves.summarise_halves(halves.probe_halves(model, images)),
+            }
             if self.gradients:
                 found["gradients"] = self._compare_gradients(model, *batch)
         return found
@@ -66,6 +73,29 @@ class Probe:
                         "           revtrain.verify(model, images) says more; is it a parameter of the module that\n"
                         "           uses it, or a side input?", ", ".join(missing))  # fmt: skip
         return summarise_gradients(found)
+
+
+def probe_within(probe: ProbeConfig, need: Callable[[int, bool], int], budget: int) -> ProbeConfig:
+    """`probe` with as many images as fit the memory; where not even two do, without gradients, or none at all.
+
+    Args:
+        need: (images, whether gradients are compared) -> most bytes alive while they are measured.
+        budget: bytes that there are.
+    """
+    if not probe.every or need(probe.batch, probe.gradients) <= budget:
+        return probe
+    for compared in (True, False) if probe.gradients else (False,):
+        fixed, at_all = need(LEAST_IMAGES, compared), need(probe.batch, compared)
+        images = probe.batch
+        if at_all > budget:  # by a line between the two, below which a need that is bent upwards stays
+            per_image = (at_all - fixed) / (probe.batch - LEAST_IMAGES)
+            images = LEAST_IMAGES + math.floor((budget - fixed) / per_image)
+        if images >= LEAST_IMAGES:
+            also = "" if compared or not probe.gradients else ", and gradients are not compared"
+            log.info("probe      %d of %d images fit the memory%s", images, probe.batch, also)
+            return replace(probe, batch=images, gradients=compared)
+    log.warning("probe      does not fit the memory: nothing is measured. A smaller batch would leave room for it.")
+    return replace(probe, every=0)
 
 
 def summarise_snr(layers: dict[str, float]) -> dict[str, Any] | None:

@@ -6,38 +6,42 @@ The configuration is read once, at the door. B images of a batch, H = W pixels a
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from revtrain import data, models
-from revtrain.config import Config, flat, read
-from revtrain.data import Dataset
+from revtrain.config import Config, ProbeConfig, check_micro_batches, flat, read
+from revtrain.data import Dataset, Split
 from revtrain.machine import device as devices
 from revtrain.machine import sigterm
 from revtrain.machine.processes import Processes
 from revtrain.models import Images
+from revtrain.numerics.decibels import snr_text
 from revtrain.numerics.fidelity import FidelityWatch
-from revtrain.optim import learning_rate, make_optimizer
+from revtrain.numerics.halves import HalvesWatch
+from revtrain.optim import learning_rate
 from revtrain.planning import plan as planning
 from revtrain.planning import predict
-from revtrain.planning.predict import StepTimeline
+from revtrain.planning.predict import StepPredictor, StepTimeline
 from revtrain.runs import checkpoint
 from revtrain.runs.schema import Line, Result, Status
 from revtrain.runs.writer import LINE_KEYS, RunWriter, SilentWriter, holds_run
 from revtrain.training import errors
-from revtrain.training.evaluate import evaluate
+from revtrain.training.evaluate import MirrorAveraged, batches_at_once, evaluate
 from revtrain.training.forecast import Forecast
 from revtrain.training.overflows import OverflowWatch
-from revtrain.training.probe import Probe
+from revtrain.training.probe import Probe, probe_within
 from revtrain.training.progress import Clock, Progress
+from revtrain.training.step import Step
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +69,7 @@ def train(cfg: DictConfig | dict[str, Any] | Config, run_dir: str | Path, overri
             full, or the loss is no longer finite; or `run_dir` holds a run already, and not the one to resume.
         KeyboardInterrupt: Ctrl-C.
         In both cases result.json says so and last.pt holds the last completed epoch, epoch 0 being the start.
-        revtrain.machine.sigterm.Terminated: SIGTERM; last.pt holds the last completed step, also within an epoch.
+        revtrain.machine.sigterm.Terminated: SIGTERM or its like; last.pt holds the last completed step.
     """
     with sigterm.watching():
         return Session(read(cfg), Path(run_dir).absolute(), list(overrides or ())).to_its_end()
@@ -107,7 +111,7 @@ class Session:
                 writer.finish("interrupted")
             raise
         except Exception as error:
-            mendable = errors.explain(error, self.run_dir, self.overrides)
+            mendable = errors.explain(error, self.run_dir)
             with suppress(OSError):  # a full disk may not take result.json either; the error itself matters more
                 writer.finish("failed", mendable or error)
             if mendable is None or mendable is error:
@@ -123,10 +127,12 @@ class Session:
         """Plan, or load the data and train; the status."""
         machine, processes, writer = self.config.machine, self.processes, self.writer
         own_share = processes.of_one(self.config)  # or the batch is refused
+        check_micro_batches(self.config.training.batch, self.config.training.accumulate, processes.size)
         device = devices.choose_device(processes.device_name(machine.device))
+        devices.make_current(device)
         devices.check_precision(device, self.config.network.precision)
         if machine.plan:
-            plan = planning.make_plan(own_share, device)
+            plan = planning.with_cost(planning.make_plan(own_share, device), own_share)
             writer.planned(plan)
             writer.result["device"] = devices.describe(device)
             log.info("%s", plan.table())
@@ -206,27 +212,34 @@ class Run:
     """
 
     def __init__(self, session: Session, batch: int, dataset: Dataset, device: torch.device):
-        config, processes = session.config, session.processes
+        config, processes = planning.on_device(session.config, device), session.processes
         training, precision = config.training, config.network.precision
         self.session, self.config, self.writer, self.processes = session, config, session.writer, processes
         self.run_dir, self.batch, self.dataset, self.device = session.run_dir, batch, dataset, device
         self.epochs, self.precision = training.epochs, precision
         self.steps = len(dataset.train.labels) // batch  # of an epoch; the last, incomplete batch is dropped
         self.images = Images(len(dataset.classes), dataset.image_size)
-        self.mean, self.std = dataset.mean.to(device), dataset.std.to(device)
-
         torch.manual_seed(config.machine.seed)
-        self.model: nn.Module = models.build(config.network, self.images).to(device)
-        self.wrapped = processes.wrap(self.model)  # what a step calls: the model, its gradients averaged
-        self.generator = torch.Generator().manual_seed(config.machine.seed)  # of order and augmentation
-        self.optimizer = make_optimizer(self.model, training)
-        self.scaler = devices.make_scaler(device, precision)
+        self.model = devices.place(models.build(config.network, self.images), device)
+        share, images = processes.share(batch), self.images
+        self.memory = predict.predict_step_memory(config, images.classes, images.size, share, device.type)
+        room_bytes = planning.room_bytes(self.memory.peak_bytes, config.machine.memory_limit, device)
+        self.trainer = Step(self.model, config, batch, dataset, device, processes, room_bytes)
+        self.test, self.at_once = dataset.test, self.batches_at_once()
+        if self.trainer.feed.device_bytes + dataset.test.images.nbytes < room_bytes:
+            self.test = Split(dataset.test.images.to(device), dataset.test.labels.to(device))
+        if device.type == "cuda":
+            held = self.trainer.feed.device_bytes / devices.MIB
+            log.info(
+                "images     %s", f"{held:,.1f} MiB on the GPU, beside the step" if held else "copied batch by batch"
+            )
+        self.generator = self.trainer.generator  # of order and augmentation
         self.rate = learning_rate(training, self.epochs * self.steps)
 
-        self.probe = Probe(config.probe, dataset.train)
+        self.probe = Probe(self.probe_that_fits(), dataset.train)
         self.probe_seconds: float | None = None  # that the last one took
         self.overflows = OverflowWatch(self.model, config.network, processes)
-        self.fidelity = FidelityWatch(config.network)
+        self.watches = (FidelityWatch(config.network), HalvesWatch(config.network))
 
         self.epoch = 0  # epochs done; within the loop the one under way
         self.progress: Progress | None = None  # of the epoch under way
@@ -243,6 +256,8 @@ class Run:
         self.forecast = self.look_ahead(resumed is not None)
 
         for epoch in range(self.epoch + 1, self.epochs + 1):
+            if self.writer.result["target_reached"] is not None:
+                break
             self.epoch = epoch
             self.stop_if_asked()
             line = self.record(self.measure(self.train_epoch()))
@@ -254,10 +269,9 @@ class Run:
 
     def describe(self) -> StepTimeline:
         """Record the network's size and the memory that a step needs; its course over one step."""
-        network, images, result = self.config.network, self.images, self.writer.result
-        memory = predict.predict_step_memory(self.config, images.classes, images.size, self.processes.share(self.batch))
+        network, memory, result = self.config.network, self.memory, self.writer.result
         result["params"] = sum(p.numel() for p in self.model.parameters())
-        result["bytes_per_pixel"] = memory.bytes_per_pixel
+        result["bytes_per_pixel"], result["macs_per_image"] = memory.bytes_per_pixel, memory.macs_per_image
         result["memory_bytes"] = {
             "peak": memory.peak_bytes,
             "parameters": memory.parameter_bytes,
@@ -273,10 +287,36 @@ class Run:
                  network.precision)  # fmt: skip
         return memory.timeline
 
+    @cached_property
+    def predictor(self) -> StepPredictor:
+        """Of what else the run does on its device; it takes a second to make."""
+        return StepPredictor(self.config, self.images.classes, self.images.size, planned_for=self.device.type)
+
+    def probe_that_fits(self) -> ProbeConfig:
+        """The probe within what it may have beside what the loop holds: in full where there is no limit."""
+        config, limit = self.config, planning.limit_bytes(self.config.machine.memory_limit, self.device)
+        if limit is None:
+            return config.probe
+        share, train = self.processes.share(self.batch), self.dataset.train
+        room = planning.room_bytes(self.memory.peak_bytes, config.machine.memory_limit, self.device)
+        beside, _ = planning.loop_bytes(config, self.device, share, self.images.size, len(train), room)
+        budget = limit - beside - planning.margin_bytes(self.device, limit)
+        stored = planning.roughly_stored(config, self.images, config.probe.batch)
+        if stored is not None and 2 * stored <= budget:  # it keeps each activation once, and on a CPU those for the SNR
+            return config.probe
+        return probe_within(config.probe, self.predictor.probe, budget)
+
+    def batches_at_once(self) -> int:
+        """How many batches an evaluation takes together: on a GPU as many as the memory of a step allows."""
+        if self.device.type != "cuda":
+            return 1
+        share = self.processes.share(self.batch)
+        return batches_at_once(self.predictor.evaluation, share, len(self.dataset.test), self.memory.peak_bytes)
+
     def resume(self, saved: dict[str, Any]) -> list[Line]:
         """Go on from a checkpoint, also from within an epoch; the lines of metrics.jsonl up to there."""
         self.epoch, self.best_accuracy = saved["epoch"], saved["best_accuracy"]
-        checkpoint.restore(saved, self.model, self.optimizer, self.scaler, self.generator, self.device)
+        checkpoint.restore(saved, *self.trained)
         if saved["partial"] is not None:
             self.progress = Progress.from_dict(saved["partial"], self.device)
         log.info("resume     %s after epoch %d%s", self.config.machine.resume, self.epoch,
@@ -301,6 +341,12 @@ class Run:
             silent=not self.processes.leads,
         )
 
+    @property
+    def trained(self) -> tuple[Any, ...]:
+        """All that a checkpoint holds the state of, and where."""
+        step = self.trainer
+        return self.model, step.optimizer, step.scaler, self.generator, self.device, step.average
+
     # ---- an epoch ----------------------------------------------------------------------------------------
 
     def train_epoch(self) -> Progress:
@@ -309,6 +355,7 @@ class Run:
             self.progress = Progress.begin(len(self.dataset.train.labels), self.steps, self.generator, self.device)
         progress = self.progress
         self.model.train()
+        self.trainer.epoch = self.epoch
         devices.reset_peak(self.device)
         clock = Clock(progress.seconds)
         self.forecast.begin(progress.step, progress.seconds)
@@ -319,8 +366,9 @@ class Run:
                 self.step(progress, step)
                 bar.update(self.batch)
                 progress.step, progress.seconds = step + 1, clock.seconds()
-                self.stop_if_asked()
                 looks = (step + 1) % CHECK_EVERY == 0
+                if looks or self.processes.size == 1 or self.device.type == "cpu":
+                    self.stop_if_asked()
                 if looks:
                     self.look(progress, bar)
                 if looks or self.device.type == "cpu":  # a GPU may be behind: its time is told where it was waited for
@@ -333,38 +381,18 @@ class Run:
         return progress
 
     def step(self, progress: Progress, step: int) -> None:
-        """One step of the optimizer; nothing of its batch is alive afterwards."""
-        training = self.config.training
-        inputs, targets = self.draw(progress.order[step * self.batch : (step + 1) * self.batch])
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate((self.epoch - 1) * self.steps + step)
-        with devices.autocast(self.device, self.precision):
-            logits = self.wrapped(inputs)
-            loss = F.cross_entropy(logits.float(), targets, label_smoothing=training.label_smoothing)
-        self.scaler.scale(loss).backward()
-        if training.clip_grad_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), training.clip_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        progress.losses[step] = self.processes.mean(loss.detach())
-        progress.correct += self.processes.sum((logits.detach().argmax(1) == targets).sum())
-
-    def draw(self, picked: Tensor) -> tuple[Tensor, Tensor]:
-        """The augmented images (B, 3, H, W) and labels (B,) of this process, of the training images `picked` (B,)."""
-        augmentation, own = self.config.data.augment, self.processes.own(self.batch)
-        draws = data.draw_augmentation(self.batch, self.images.size, augmentation, self.generator)
-        picked, draws = picked[own], data.Draws(*(draw[own] for draw in draws))  # all processes draw the same
-        images = self.dataset.train.images[picked].to(self.device)
-        inputs = data.augment(images, draws, self.mean, self.std, augmentation)
-        # in the precision of the first convolution, as autocast would make them
-        return inputs.to(devices.DTYPES[self.precision]), self.dataset.train.labels[picked].to(self.device)
+        """One step of the optimizer."""
+        picked, following = (progress.order[each * self.batch : (each + 1) * self.batch] for each in (step, step + 1))
+        rate = self.rate((self.epoch - 1) * self.steps + step)
+        loss, correct = self.trainer(picked, rate, following if step + 1 < self.steps else None)
+        progress.losses[step] = loss
+        progress.correct += correct
 
     def look(self, progress: Progress, bar: tqdm) -> None:
         """Wait for the device and look at the losses so far."""
         losses = progress.losses[: progress.step]
         errors.check_finite(losses, self.epoch, self.config)
+        self.check_overflows(progress)
         if not bar.disable:
             accuracy = progress.correct.item() / (progress.step * self.batch)
             bar.set_postfix(loss=f"{losses.mean().item():.3f}", accuracy=f"{accuracy:.3f}")
@@ -373,17 +401,28 @@ class Run:
         """Raise where the epoch so far has left anything that is not finite: it must not be saved."""
         errors.check_finite(progress.losses[: progress.step], self.epoch, self.config)
         errors.check_weights(self.model, self.epoch, self.config)
+        self.check_overflows(progress)
+
+    def check_overflows(self, progress: Progress) -> None:
+        """Raise where integer states have left their range in the first epoch."""
+        values = self.batch * self.images.size**2 * self.config.network.width
+        self.overflows.stop_if_lost(self.epoch, progress.step, values)
 
     def stop_if_asked(self) -> None:
-        """After SIGTERM, save the epoch under way and end; no step is lost."""
-        if not sigterm.asked():
+        """After SIGTERM and its like, save the epoch under way and end; no step is lost.
+
+        Several processes stop after the same step: they ask each other, on GPUs only now and then, since that waits.
+        """
+        if not self.processes.any(sigterm.asked(), self.device):
             return
-        if self.progress is not None:
+        if self.progress is None:  # the last checkpoint holds everything
+            log.info("stopped    %s after epoch %d", sigterm.terminated().name, self.epoch - 1)
+        else:
             self.check(self.progress)
             self.save(self.epoch - 1)
-            log.info("stopped    SIGTERM in epoch %d, after %d of %d steps",
-                     self.epoch, self.progress.step, self.steps)  # fmt: skip
-        raise sigterm.Terminated
+            log.info("stopped    %s in epoch %d, after %d of %d steps",
+                     sigterm.terminated().name, self.epoch, self.progress.step, self.steps)  # fmt: skip
+        raise sigterm.terminated()
 
     # ---- after an epoch ----------------------------------------------------------------------------------
 
@@ -391,10 +430,10 @@ class Run:
         """The line of metrics.jsonl for the epoch whose steps are done."""
         trained, seconds = self.steps * self.batch, progress.seconds
         peak = devices.peak_vram_mib(self.device)
-        loss_test, accuracy_test = evaluate(
-            self.model, self.dataset.test, self.batch, self.normalised, self.precision, self.device, self.processes,
-            self.stop_if_asked,
-        )  # fmt: skip
+        self.make_room()
+        # several processes do not all have as many batches, and could not ask each other after each
+        may_stop = self.stop_if_asked if self.processes.size == 1 else _go_on
+        loss_test, accuracy_test = self.tested(self.model, may_stop)
         self.best_accuracy = max(self.best_accuracy, accuracy_test)
         return {
             "epoch": self.epoch,
@@ -404,6 +443,7 @@ class Run:
             "loss_test": loss_test,
             "accuracy_train": progress.correct.item() / trained,
             "accuracy_test": accuracy_test,
+            **self.measure_apart(may_stop),
             "train_images": trained,
             "train_seconds": seconds,
             "images_per_second": trained / seconds if seconds else None,
@@ -411,6 +451,29 @@ class Run:
             "stream_overflows": self.overflows.count(),
             "peak_vram_mib": peak,
         }
+
+    def measure_apart(self, may_stop: Callable[[], None]) -> dict[str, Any]:
+        """The test accuracies beside the plain one: with flip averaging, and of the average of the weights."""
+        average, found = self.trainer.average, {}
+        if self.config.training.test_flip:
+            found["accuracy_test_flip"] = self.tested(MirrorAveraged(self.model), may_stop)[1]
+        if average is not None:
+            with average.in_place():  # whoever stopped here would save the average for the weights
+                found["accuracy_test_ema"] = self.tested(self.model, _go_on)[1]
+        return found
+
+    def tested(self, model: nn.Module, may_stop: Callable[[], None]) -> tuple[float, float]:
+        """Loss and accuracy on the test images."""
+        return evaluate(
+            model, self.test, self.batch, self.normalised, self.precision, self.device, self.processes,
+            may_stop, self.at_once,
+        )  # fmt: skip
+
+    def make_room(self) -> None:
+        """Evaluation and probe need as much memory as a step, whose graph must not hold what there is of it."""
+        limit = planning.limit_bytes(self.config.machine.memory_limit, self.device)
+        if limit is not None:
+            self.trainer.make_room(limit)
 
     def measure_probe(self) -> dict[str, Any]:
         """Its part of a line, where a probe is due; the first process alone takes it."""
@@ -422,14 +485,15 @@ class Run:
         return found
 
     def normalised(self, images: Tensor) -> Tensor:
-        """uint8 images (B, 3, H, W) on the CPU -> float32, of zero mean and unit deviation, on the device."""
-        return data.normalise(images.to(self.device), self.mean, self.std)
+        """uint8 images (B, 3, H, W) -> float32, of zero mean and unit deviation, on the device."""
+        return data.normalise(images.to(self.device), self.trainer.mean, self.trainer.std)
 
     def record(self, measured: dict[str, Any]) -> Line:
         """Write a line of metrics.jsonl, always with the same keys: null where nothing was measured."""
         line = cast(Line, {**dict.fromkeys(LINE_KEYS), **measured})
         self.writer.epoch(line)
-        self.fidelity.look(line)
+        for watch in self.watches:
+            watch.look(line)
         return line
 
     def save(self, epochs_done: int) -> None:
@@ -455,9 +519,13 @@ class Run:
                 "partial": self.progress.as_dict() if self.progress else None,
                 "best_accuracy": self.best_accuracy,
                 "lines": self.writer.lines,
-                **checkpoint.capture(self.model, self.optimizer, self.scaler, self.generator, self.device),
+                **checkpoint.capture(*self.trained),
             },
         )
+
+
+def _go_on() -> None:
+    """What may stop, and does not."""
 
 
 def _percent(accuracy: float | None) -> str:
@@ -465,7 +533,7 @@ def _percent(accuracy: float | None) -> str:
 
 
 def _summary(line: Line, epochs: int) -> str:
-    snr = f"  SNR min {line['snr_db']['minimum']:.1f} dB" if line["snr_db"] else ""
+    snr = f"  SNR min {snr_text(line['snr_db']['minimum'])}" if line["snr_db"] else ""
     return (
         f"epoch {line['epoch']:>{len(str(epochs))}}/{epochs}"
         f"  loss {line['loss_train']:.3f} train {line['loss_test']:.3f} test"

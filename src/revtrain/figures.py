@@ -6,6 +6,7 @@ that belongs to no window and no pyplot; `figure.savefig(path)` writes it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,9 @@ from revtrain.errors import RevtrainError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+# It tells of its own first start, and of a folder that it cannot cache in; both do no harm.
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 MIB = 2**20
 # beyond it a reconstruction is exact, or nothing is left of the signal; the probe reports +-320 dB

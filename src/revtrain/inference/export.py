@@ -28,7 +28,7 @@ from revtrain import __version__
 from revtrain.config import flat
 from revtrain.errors import RevtrainError
 from revtrain.inference.restore import Trained
-from revtrain.machine.files import write_atomic
+from revtrain.machine.files import write_result_file
 
 TOLERANCE = 1e-5  # of logits, relative where they are greater than one
 INPUT, OUTPUT = "images", "logits"
@@ -72,7 +72,7 @@ def export(trained: Trained, path: Path) -> float | None:
             f"The logits of {path} differ from the network's own by {difference:.2g}; nothing was written.\n"
             "Try another format, and please report it."
         )
-    write_atomic(path.resolve(), content)
+    write_result_file(path, content)
     return difference
 
 

@@ -72,7 +72,7 @@ def restore(path: str | Path, device: str = "cpu") -> Trained:
             "It may come from another version of revtrain; use that version, or train anew."
         ) from error
     devices.check_precision(chosen, config.network.precision)
-    model.eval().requires_grad_(False).to(chosen)
+    devices.place(model.eval().requires_grad_(False), chosen)
     return Trained(path, config, state["epoch"], model, names, size, mean, std, chosen)
 
 

@@ -137,15 +137,18 @@ class MemoryModel:
         return max(moment.fixed_bytes + round(moment.bytes_per_pixel * pixels) for moment in self.moments)
 
 
-def memory_model(network: Network[Any], modules: Iterable[Module], image_size: int, momentum: float) -> MemoryModel:
+def memory_model(
+    network: Network[Any], modules: Iterable[Module], image_size: int, momentum: float, averages: bool = False
+) -> MemoryModel:
     """The memory of a training step of a network with these modules, from the images to the loss.
 
     Args:
         image_size: side of the images in pixels.
         momentum: of the optimizer; 0: it keeps nothing.
+        averages: an average of the weights is kept (`ema_decay`).
     """
     modules, value_bytes = tuple(modules), CONVOLUTION_BYTES[network.precision]
-    always = [*_of_all_parameters(modules, momentum), *_of_the_batch(value_bytes, image_size)]
+    always = [*_of_all_parameters(modules, momentum, averages), *_of_the_batch(value_bytes, image_size)]
     return MemoryModel(network.arch, network.backward, modules, tuple(_moments(modules, always, value_bytes)))
 
 
@@ -170,7 +173,7 @@ def _moments(modules: tuple[Module, ...], always: list[Term], value_bytes: int) 
             yield Moment(work.phase, index, f"{work.phase} of {module.name}", tuple(terms))
 
 
-def _of_all_parameters(modules: tuple[Module, ...], momentum: float) -> list[Term]:
+def _of_all_parameters(modules: tuple[Module, ...], momentum: float, averages: bool) -> list[Term]:
     parameters = FLOAT * sum(module.parameters for module in modules)
     buffers = sum(module.buffer_bytes for module in modules)
     terms = [
@@ -179,6 +182,9 @@ def _of_all_parameters(modules: tuple[Module, ...], momentum: float) -> list[Ter
     ]
     if momentum > 0:
         terms.append(Term("momentum", EQ_TOTAL, "4 bytes a parameter", "optimizer", "global", bytes=parameters))
+    if averages:  # statistics among it, whose counters are not averaged: a little too much
+        what = "average of the weights"
+        terms.append(Term(what, EQ_TOTAL, "as the weights", "optimizer", "global", bytes=parameters + buffers))
     return terms
 
 

@@ -116,7 +116,7 @@ class Symbols:
     @property
     def chunk_bytes(self) -> int:
         """Bytes that a temporary may have."""
-        return int(self.network.chunk_mib * 2**20)
+        return int(self.network.piece_mib() * 2**20)
 
     def cast(self, value_bytes: int) -> int:
         """Bytes of a value copied into the precision of convolutions: none where it is that already."""
@@ -355,11 +355,12 @@ def _stored_readout(
 ) -> tuple[tuple[Term, ...], tuple[Work, ...]]:
     """What the readout stores and needs under ordinary autograd."""
     values, v = last.values, symbols.v
-    pooled = 2 * values * 4**last.index / image_size**2  # their sum, and their mean
-    mean = local("pooled features, twice", EQ_STORED, "8 C S / (H W)", pooled * FLOAT)
+    pooled = values * 4**last.index / image_size**2
     if not normalise:
-        return (), (Work("forward", (mean,)),)
+        means = local("pooled features, their sum and their mean", EQ_STORED, "8 C S / (H W)", 2 * pooled * FLOAT)
+        return (), (Work("forward", (means,)),)
+    sums = local("pooled features", EQ_STORED, "4 C S / (H W)", pooled * FLOAT)
     normalised = local("output of BN in float32", EQ_STORED, "4 c", values * FLOAT)
     activated = local("output of LeakyReLU", EQ_STORED, "c v", values * v)
     stored = per_pixel("inputs of BN and LeakyReLU", EQ_STORED, "2 c v", 2 * values * v)
-    return (stored,), (Work("forward", (normalised,)), Work("forward", (mean, activated)))
+    return (stored,), (Work("forward", (normalised,)), Work("forward", (sums, activated)))

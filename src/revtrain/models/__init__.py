@@ -9,6 +9,7 @@ An architecture's file holds all that concerns it. It starts with a shape legend
                none; the prediction with fake tensors serves any network)
     advise     (network) -> what to change on the command line for less noise of reconstruction, the best first, as in
                ["max_gain=1", "a larger slope (now 0.2)"] (left out: nothing)
+    advise_on_halves   likewise, for halves that do not become copies of each other (left out: a smaller residual_scale)
 
 Neither torch nor anything that needs it is imported at the head of such a file: the command line reads the `Settings`
 of all of them before torch is there. Images are (B, 3, H, W), logits (B, classes).
@@ -17,7 +18,7 @@ of all of them before torch is there. Images are (B, 3, H, W), logits (B, classe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from revtrain.config import Config, CouplingSettings, InvertibleSettings, Network, read, registry
@@ -46,10 +47,12 @@ class Traits:
     `reversible`: something is rebuilt in the backward pass, so `backward=store` is another way to train it, and its
     channels are halved. `noise` says where reconstruction errors pile up, from the least to the most: "nowhere", "in
     blocks" (inside a coupling block, which begins anew from a true input) or "along the chain" (from layer to layer).
+    `hardly_uses`: keys of every network that make no difference here, or next to none, and why.
     """
 
     reversible: bool = True
     noise: Noise = "nowhere"
+    hardly_uses: Mapping[str, str] = field(default_factory=dict)
 
 
 def architectures() -> list[str]:
@@ -76,6 +79,15 @@ def advise(network: Network[Any]) -> list[str]:
     return found(network) if found is not None else []
 
 
+def advise_on_halves(network: Network[Any]) -> list[str]:
+    """What to change where the two halves of the state have become copies of each other, the best first."""
+    found = getattr(registry.load("models", network.arch), "advise_on_halves", None)
+    ways = found(network) if found is not None else []
+    if isinstance(network.own, CouplingSettings):
+        ways = [*ways, f"a smaller residual_scale (now {network.own.residual_scale:g})"]
+    return ways or ["another arch"]
+
+
 def build_model(
     cfg: DictConfig | Mapping[str, Any] | Config, classes: int | None = None, image_size: int | None = None
 ) -> nn.Module:
@@ -99,11 +111,15 @@ def build_model(
 
 def build(network: Network[Any], images: Images) -> nn.Module:
     """The network of one part of the configuration; see `build_model`."""
-    from revtrain.core.pieces import set_chunk_mib
+    from revtrain.kernels.pieces import set_chunk_mib
 
     _check_known(network.arch)
     model = registry.load("models", network.arch).build(network, images)
-    set_chunk_mib(model, network.chunk_mib)
+    if isinstance(network.own, CouplingSettings) and network.own.zero_last:
+        from revtrain.models.common import start_at_zero
+
+        start_at_zero(model)
+    set_chunk_mib(model, network.piece_mib())
     return model
 
 
@@ -129,7 +145,8 @@ def analytic_memory(
             f"arch={network.arch} has no closed form of its memory: its file has no function `memory`.\n"
             "The prediction with fake tensors (revtrain.planning.predict) serves any network."
         )
-    return memory_model(network, modules(network, Images(classes, image_size)), image_size, config.training.momentum)
+    training, built = config.training, modules(network, Images(classes, image_size))
+    return memory_model(network, built, image_size, training.momentum, training.ema_decay is not None)
 
 
 def _check_known(arch: str) -> None:

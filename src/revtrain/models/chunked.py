@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from revtrain.layers import PreNorm
     from revtrain.models.common import ReversibleNet
 
-TRAITS = Traits()
+TRAITS = Traits(hardly_uses={"slope": "only its readout has a LeakyReLU"})
 
 
 @dataclass

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from revtrain.config import CouplingSettings, Network
 from revtrain.core.chain import InvertibleChain
@@ -13,7 +15,7 @@ from revtrain.core.layer import InvertibleLayer
 from revtrain.core.names import former_names
 from revtrain.core.state_format import PLAIN, StateFormat
 from revtrain.errors import RevtrainError
-from revtrain.layers import BatchPooling, ChannelPooling, Head, check_pooling
+from revtrain.layers import AdditiveCoupling, BatchPooling, ChannelPooling, CouplingConv2d, Head, Stem, check_pooling
 from revtrain.models import Images, units_of_stages
 
 
@@ -44,6 +46,42 @@ def down_sampling(channels_in: int, channels_out: int) -> nn.Module:
         nn.Conv2d(channels_in, channels_out, 1, stride=2, bias=False), nn.BatchNorm2d(channels_out)
     )
     return BasicBlock(channels_in, channels_out, stride=2, downsample=shortcut)
+
+
+class StridedBlock(nn.Module):
+    """The first block of a stage of Gomez et al.'s RevNet, stored by autograd: y1 = P(x1) + F(x2), y2 = P(x2) + G(y1).
+
+    F halves the image in its first convolution; P is the mean of 2x2 pixels, with channels of zeros on both sides.
+    (B, channels_in, H, W) -> (B, channels_out, H/2, W/2).
+    """
+
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__()
+        before, after = channels_in // 2, channels_out // 2
+        self.padding = (after - before) // 2, after - before - (after - before) // 2
+        self.f = nn.Sequential(
+            nn.BatchNorm2d(before), nn.ReLU(inplace=True), conv3x3(before, after, stride=2), *preactivated(after)[3:]
+        )
+        self.g = preactivated(after)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x1, x2 = x.chunk(2, dim=1)
+        p1, p2 = (F.pad(F.avg_pool2d(each, 2), (0, 0, 0, 0, *self.padding)) for each in (x1, x2))
+        y1 = p1 + self.f(x2)
+        return torch.cat([y1, p2 + self.g(y1)], dim=1)
+
+
+def start_at_zero(model: nn.Module) -> None:
+    """Set the last convolution of every F and G to zero (`zero_last`): a coupling of ordinary functions is the identity
+    then. Where F is a chain of invertible layers, its last coupling convolution is."""
+    for block in model.modules():
+        if isinstance(block, AdditiveCoupling) and not isinstance(block, CouplingConv2d):
+            for function in block.hands_context_to():
+                couplings = [each for each in function.modules() if isinstance(each, CouplingConv2d)]
+                last = couplings[-1] if couplings else function
+                convolutions = [each for each in last.modules() if isinstance(each, nn.Conv2d)]
+                for conv in convolutions if couplings else convolutions[-1:]:
+                    nn.init.zeros_(conv.weight)
 
 
 class ReversibleNet(nn.Module):
@@ -101,7 +139,7 @@ def build_reversible(
             layers.extend(unit(channels, stage))
     head = Head(channels, images.classes, sub_images, network.slope if normalise_last else None)
     trunk = InvertibleChain(layers, backward=network.backward, state_format=state_format, head=head)
-    return ReversibleNet(conv3x3(3, network.width), trunk)
+    return ReversibleNet(Stem(3, network.width, 3, padding=1, bias=False), trunk)
 
 
 def state_format(network: Network[CouplingSettings]) -> StateFormat:

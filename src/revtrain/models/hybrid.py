@@ -14,8 +14,17 @@ s = residual_scale.
 
     F, G:  2 x [ BN, LeakyReLU, coupling conv 3x3 ]  on half of the channels, an invertible chain each
 
+F and G have identity paths: a coupling convolution adds to what it is given, so F(x2) is about p x2 and G(y1) about
+q y1, p and q the signs of the BNs' gains multiplied. With p = q = 1, as in the paper, a block is near
+[[1, s], [s, 1 + s^2]], which stretches along x1 = x2 and shrinks across it: the halves become copies of each other, and
+the network learns as one of half its channels. `opposed_paths` gives G's first BN the sign that makes q = -p. The block
+is then near [[1, s p], [-s p, 1 - s^2]], of determinant 1 and trace 2 - s^2: a rotation, which takes the halves into
+each other and stretches neither.
+
 The block's own inverse carries the signal across the network with little noise; the layer-wise inverse
-serves inside one block only, at the same time as the gradient. It costs two more forward passes.
+serves inside one block only, at the same time as the gradient. Convolutions run one and a half times more than they do
+under ordinary autograd in the forward pass: F is computed once more up to its last convolution, which is then
+differentiated from its own input; the first convolution is computed again as it is inverted.
 """
 
 from __future__ import annotations
@@ -23,7 +32,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from revtrain.config import CouplingSettings, InvertibleSettings, Network
+from revtrain.config import CouplingSettings, InvertibleSettings, Network, key
 from revtrain.errors import RevtrainError
 from revtrain.memory.closed_form import Module, Term, Work
 from revtrain.memory.formulas import (
@@ -56,6 +65,17 @@ UNITS_PER_FUNCTION = 2
 class Settings(CouplingSettings, InvertibleSettings):
     """Coupling blocks of invertible layers."""
 
+    opposed_paths: bool = key(
+        True, "G's identity path has the sign opposite to F's; false: the paper's, whose halves become copies"
+    )
+    keep_signs: bool = key(
+        True, "keep the true signs of activations, a bit each, while a block is walked back; false: the paper's"
+    )
+    recompute_leading: bool = key(
+        True,
+        "F's first BN and LeakyReLU, and its last convolution, start from what is at hand; false: all are inverted",
+    )
+
 
 def build(network: Network[Settings], images: Images) -> ReversibleNet:
     """`depth` hybrid blocks; see the module's legend. Widths must be divisible by four."""
@@ -73,7 +93,8 @@ def build(network: Network[Settings], images: Images) -> ReversibleNet:
     own, stream = network.own, state_format(network)
 
     def activation(channels: int):
-        return InvertibleBatchNorm2d(channels, own.epsilon_i, sign=own.norm_sign), InvertibleLeakyReLU(network.slope)
+        norm = InvertibleBatchNorm2d(channels, own.epsilon_i, sign=own.norm_sign)
+        return norm, InvertibleLeakyReLU(network.slope, keep_signs=own.keep_signs)
 
     def function(channels: int) -> InvertibleChain:
         layers = [
@@ -84,20 +105,25 @@ def build(network: Network[Settings], images: Images) -> ReversibleNet:
                 CouplingConv2d(channels, init_gain=own.init_gain, max_gain=own.max_gain),
             )
         ]
-        return InvertibleChain(layers, backward=network.backward)
+        chain = InvertibleChain(layers, backward=network.backward)
+        chain.recompute_leading = own.recompute_leading
+        return chain
 
     def block(channels: int, stage: int):
-        return [
-            AdditiveCoupling(
-                channels,
-                function(channels // 2),
-                function(channels // 2),
-                scale=own.residual_scale,
-                state_format=stream,
-            )
-        ]
+        f, g = function(channels // 2), function(channels // 2)
+        if own.opposed_paths:
+            _oppose(f, g)
+        return [AdditiveCoupling(channels, f, g, scale=own.residual_scale, state_format=stream)]
 
     return build_reversible(network, images, block, stream)
+
+
+def _oppose(f: InvertibleChain, g: InvertibleChain) -> None:
+    """Give the first BN of `g` the signs that make its identity path's the opposite of that of `f`."""
+    from revtrain.layers import InvertibleBatchNorm2d
+
+    (f1, f2), (g1, g2) = ([each for each in chain if isinstance(each, InvertibleBatchNorm2d)] for chain in (f, g))
+    g1.set_signs(-f1.signs * f2.signs * g2.signs)
 
 
 def memory(network: Network[Settings], images: Images) -> list[Module]:
@@ -105,7 +131,8 @@ def memory(network: Network[Settings], images: Images) -> list[Module]:
 
         d   bytes of a value of the state inside F: 4, or a where the stream is of integers
 
-    Leading BN and LeakyReLU are recomputed from the source, so signs of the second LeakyReLU only are kept.
+    Leading BN and LeakyReLU are recomputed from the source, so signs of the second LeakyReLU only are kept; of both
+    with `recompute_leading=false`, of none with `keep_signs=false`.
     """
     symbols, equation = Symbols(network), "section 4.2"
     a, g, v = symbols.a, symbols.g, symbols.v
@@ -114,10 +141,11 @@ def memory(network: Network[Settings], images: Images) -> list[Module]:
     def unit(stage: Stage, of_state: Term) -> Unit:
         half, quarter, h = stage.channels // 2, stage.channels // 4, stage.half
         functions = 2 * UNITS_PER_FUNCTION  # units of layers in F and G
-        inside = (
-            local("inside F: its state", equation, "h d", h * d),
-            local("inside F: signs of LeakyReLU 2, a bit each", equation, "h / 8", h / 8),
-        )
+        inside = [local("inside F: its state", equation, "h d", h * d)]
+        if network.own.keep_signs and network.own.recompute_leading:
+            inside.append(local("inside F: signs of LeakyReLU 2, a bit each", equation, "h / 8", h / 8))
+        elif network.own.keep_signs:
+            inside.append(local("inside F: signs of both LeakyReLUs, a bit each", equation, "h / 4", h / 4))
         of_inside = gradient("inside F: gradient of its state", equation, "h g", h * g)
         taken_off = scratch(scratch_of_sum(symbols, symbols.chunk_bytes / d, d))
         at_convolution = scratch(scratch_of_convolution(symbols, d, quarter))
@@ -143,3 +171,9 @@ def memory(network: Network[Settings], images: Images) -> list[Module]:
 def advise(network: Network[Settings]) -> list[str]:
     """Noise piles up inside a block only, from layer to layer of F and G."""
     return advise_on_couplings(network.own) + advise_on_invertible_layers(network.slope, network.own)
+
+
+def advise_on_halves(network: Network[Settings]) -> list[str]:
+    """Identity paths of F and G that oppose each other; else gains that do not all agree."""
+    ways = [] if network.own.opposed_paths else ["opposed_paths=true"]
+    return ways if network.own.norm_sign == "mixed" else [*ways, "norm_sign=mixed"]

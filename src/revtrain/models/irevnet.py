@@ -44,7 +44,7 @@ from revtrain.models import Images, Traits, advise_on_couplings, units_of_stages
 if TYPE_CHECKING:
     from revtrain.models.common import ReversibleNet
 
-TRAITS = Traits()
+TRAITS = Traits(hardly_uses={"slope": "only its readout has a LeakyReLU"})
 
 
 @dataclass

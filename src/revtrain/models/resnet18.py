@@ -36,7 +36,10 @@ from revtrain.models import Images, Traits
 if TYPE_CHECKING:
     from torch import nn
 
-TRAITS = Traits(reversible=False)
+TRAITS = Traits(
+    reversible=False,
+    hardly_uses={"slope": "it has no LeakyReLU", "backward": "it rebuilds nothing"},
+)
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
 

@@ -20,6 +20,11 @@ entries; every entry is "stride"; s = residual_scale.
 The blocks start with BN and ReLU, so the stem is a convolution alone: a BN and a ReLU of its own would store two
 more activations at full resolution. With c = 64 and N = 8 the network has about as many parameters as ResNet-18.
 
+With stage_channels stages change as Gomez et al. have it (arch=revnet_gomez is their RevNet-38: c = 32, then 64 and
+112, 3-3-3 blocks): the first block of a stage has a stride of its own, its shortcut is mean pooling and channels of
+zeros; BN and ReLU follow the stem, and the first F does without its own. They save the input of such a block and
+compute the rest again; here autograd stores what is inside.
+
 Each stage is a chain of its own. What the down-sampling blocks store is the paper's global bottleneck; what is alive
 inside one block while it runs backward is the local one, the largest in stage 1, as activations halve from stage to
 stage. What is stored decides where memory peaks: at the end of the forward pass, in stage 4 (1,916 bytes a pixel at
@@ -32,7 +37,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from revtrain.config import CouplingSettings, Network
+from revtrain.config import CouplingSettings, Network, key
 from revtrain.errors import RevtrainError
 from revtrain.memory.closed_form import EQ_STORED, FLOAT, Module, Term, Work
 from revtrain.memory.formulas import (
@@ -57,13 +62,19 @@ from revtrain.models import Images, Traits, advise_on_couplings, units_of_stages
 if TYPE_CHECKING:
     from torch import nn
 
-TRAITS = Traits()
-EQ_GLOBAL, EQ_LOCAL = "Eq. 9", "Eqs. 10, 11"  # what the pass keeps; what is alive inside one block
+TRAITS = Traits(hardly_uses={"slope": "it has no LeakyReLU"})
+# of docs/paper.md: gradients; what the pass keeps; what is alive inside one block
+EQ_GRADIENT, EQ_GLOBAL, EQ_LOCAL = "Eq. 9", "Eq. 10", "Eq. 11"
 
 
 @dataclass
 class Settings(CouplingSettings):
     """Coupling blocks of ordinary functions."""
+
+    stage_channels: list[int] = key(
+        [],
+        "of the stages after the first, whose first blocks have the strides, as in Gomez et al.; []: doubled between",
+    )
 
 
 def build(network: Network[Settings], images: Images) -> nn.Sequential:
@@ -72,7 +83,7 @@ def build(network: Network[Settings], images: Images) -> nn.Sequential:
 
     from revtrain.core.chain import InvertibleChain
     from revtrain.layers import AdditiveCoupling, Head, check_pooling
-    from revtrain.models.common import conv3x3, down_sampling, preactivated, state_format
+    from revtrain.models.common import StridedBlock, conv3x3, down_sampling, preactivated, state_format
 
     if network.width < 2 or network.width % 2:
         raise RevtrainError(
@@ -86,38 +97,63 @@ def build(network: Network[Settings], images: Images) -> nn.Sequential:
             "fully invertible architectures."
         )
     check_pooling(network.pooling, images.size)
-    channels, stream, scale = network.width, state_format(network), network.own.residual_scale
+    stream, scale = state_format(network), network.own.residual_scale
+    channels, *later = channels_of_stages(network)
+    strides_inside = bool(network.own.stage_channels)
+    stem: nn.Module = conv3x3(3, channels)
+    if strides_inside:
+        stem = nn.Sequential(stem, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
     trunk: list[nn.Module] = []
     for stage, blocks in enumerate(units_of_stages(network)):
         if stage > 0:
-            trunk.append(down_sampling(channels, 2 * channels))
-            channels *= 2
+            trunk.append((StridedBlock if strides_inside else down_sampling)(channels, later[stage - 1]))
+            channels, blocks = later[stage - 1], blocks - strides_inside
         if blocks:
-            half = channels // 2
+            functions = [(preactivated(channels // 2), preactivated(channels // 2)) for _ in range(blocks)]
+            if strides_inside and stage == 0:
+                functions[0] = functions[0][0][2:], functions[0][1]
             trunk.append(
                 InvertibleChain(
-                    [
-                        AdditiveCoupling(
-                            channels,
-                            preactivated(half),
-                            preactivated(half),
-                            scale=scale,
-                            state_format=stream,
-                        )
-                        for _ in range(blocks)
-                    ],
+                    [AdditiveCoupling(channels, f, g, scale=scale, state_format=stream) for f, g in functions],
                     backward=network.backward,
                     state_format=stream,
                     reuse_output=True,  # whoever stored it has done its backward pass by then
                 )
             )
     head = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True), Head(channels, images.classes))
-    return nn.Sequential(OrderedDict(stem=conv3x3(3, network.width), stages=nn.Sequential(*trunk), head=head))
+    return nn.Sequential(OrderedDict(stem=stem, stages=nn.Sequential(*trunk), head=head))
+
+
+def channels_of_stages(network: Network[Settings]) -> list[int]:
+    """The channels of every stage: `width`, then `stage_channels`, or twice as many each time.
+
+    Raises `RevtrainError` for another count, odd numbers, or a stage without the block that has its stride.
+    """
+    given, stages_after = list(network.own.stage_channels), len(network.pooling)
+    if not given:
+        return [network.width * 2**stage for stage in range(stages_after + 1)]
+    found = [network.width, *given]
+    if len(given) != stages_after or any(each % 2 for each in given) or found != sorted(found):
+        raise RevtrainError(
+            f"stage_channels={given} was given with width={network.width} and {stages_after} poolings.\n"
+            "Expected an even number for each pooling, none below the one before, as in stage_channels=[64,112]."
+        )
+    if network.depth <= stages_after:
+        raise RevtrainError(
+            f"depth={network.depth} was given with stage_channels={given}; expected a block for each of "
+            f"{stages_after + 1} stages.\nUse depth={stages_after + 1} or more."
+        )
+    return found
 
 
 def memory(network: Network[Settings], images: Images) -> list[Module]:
     """The closed form (Eqs. 9-11): a chain for each stage, residual blocks that store between them. Symbols:
-    memory.formulas."""
+    memory.formulas. Raises `RevtrainError` with `stage_channels`, which has none."""
+    if network.own.stage_channels:
+        raise RevtrainError(
+            f"stage_channels={list(network.own.stage_channels)} has no closed form of its memory.\n"
+            "plan=true predicts it: a step on fake tensors, which serves any network."
+        )
     symbols = Symbols(network)
     row = stages(network, units_of_stages(network))
     modules = [stem(symbols)]
@@ -135,8 +171,8 @@ def _block(symbols: Symbols, stage: Stage, unit: int) -> Module:
     if symbols.inverts:
         stored = per_pixel(f"output of stage {t + 1}", EQ_GLOBAL, f"E_{t} s", values * symbols.s)
         gradients = (
-            gradient("gradient of the state", EQ_LOCAL, f"E_{t} g", values * symbols.g, None),
-            gradient("the same, as it came from above", EQ_LOCAL, f"4 E_{t}", values * FLOAT, None),
+            gradient("gradient of the state", EQ_GRADIENT, f"E_{t} g", values * symbols.g, None),
+            gradient("the same, as it came from above", EQ_GRADIENT, f"4 E_{t}", values * FLOAT, None),
         )
         work: tuple[Work, ...] = preactivated_rebuilt(symbols, stage, EQ_LOCAL, gradients)
     else:

@@ -8,6 +8,7 @@ from typing import Any
 
 from revtrain.config import Network
 from revtrain.models import advise, less_noisy, traits
+from revtrain.numerics.decibels import snr_text
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class FidelityWatch:
         if self.warned or trusted(line) is not False:
             return
         self.warned = True
-        where = f"rebuilt at {snr['minimum']:.1f} dB in {snr['minimum_layer']}" if snr else "not rebuilt well enough"
+        where = f"rebuilt {_how(snr['minimum'])} in {snr['minimum_layer']}" if snr else "not rebuilt well enough"
         log.warning(
             "fidelity   gradients are no longer to be trusted at epoch %d: that of %s has a cosine of %.2f to\n"
             "           the true one, since activations are %s.\n"
@@ -72,6 +73,11 @@ class FidelityWatch:
             line["epoch"], gradients["minimum_cosine_parameter"], gradients["minimum_cosine"], where,
             ", ".join(remedies(self.network)),
         )  # fmt: skip
+
+
+def _how(db: float) -> str:
+    text = snr_text(db)
+    return {"exact": "exactly", "nothing left": "to nothing"}.get(text, f"at {text}")
 
 
 def remedies(network: Network[Any]) -> list[str]:

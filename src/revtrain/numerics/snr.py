@@ -7,10 +7,10 @@ import math
 from torch import Tensor, nn
 
 from revtrain.core.chain import InvertibleChain, observe
+from revtrain.numerics.decibels import EXACT_DB
 from revtrain.numerics.probing import inverts, loss_gradients, on_the_side
 
-# An exact reconstruction has no error; its SNR is reported as this many dB, beyond float64's own.
-SNR_CEILING_DB = 320.0
+SNR_CEILING_DB = EXACT_DB
 
 
 def snr_db(true: Tensor, rebuilt: Tensor) -> float:
@@ -18,9 +18,7 @@ def snr_db(true: Tensor, rebuilt: Tensor) -> float:
 
     Non-finite values in `rebuilt` give -SNR_CEILING_DB: nothing of the signal is left.
     """
-    true, rebuilt = true.double(), rebuilt.double()
-    signal = true.square().sum().item()
-    error = (true - rebuilt).square().sum().item()
+    signal, error = (each.item() for each in _signal_and_error(true, rebuilt))
     if not math.isfinite(error):
         return -SNR_CEILING_DB
     if error == 0:
@@ -28,6 +26,11 @@ def snr_db(true: Tensor, rebuilt: Tensor) -> float:
     if signal == 0:
         return -SNR_CEILING_DB
     return max(-SNR_CEILING_DB, min(SNR_CEILING_DB, 10 * math.log10(signal / error)))
+
+
+def _signal_and_error(true: Tensor, rebuilt: Tensor) -> tuple[Tensor, Tensor]:
+    true, rebuilt = true.double(), rebuilt.double()
+    return true.square().sum(), (true - rebuilt).square().sum()
 
 
 class SnrObserver:
@@ -45,7 +48,33 @@ class SnrObserver:
         self._true[layer] = x.detach().to("cpu", copy=True)
 
     def on_reconstructed(self, layer: nn.Module, x: Tensor) -> None:
-        self.values[self._names[layer]] = snr_db(self._true.pop(layer), x.detach().cpu())
+        self.compare(self._names[layer], self._true.pop(layer), x.detach().cpu())
+
+    def compare(self, name: str, true: Tensor, rebuilt: Tensor) -> None:
+        self.values[name] = snr_db(true, rebuilt)
+
+
+class SnrMemory(SnrObserver):
+    """Does what an `SnrObserver` does to tensors without values.
+
+    Args:
+        on_host: the model is where the true inputs are kept, so that they take of its memory.
+    """
+
+    def __init__(self, model: nn.Module, on_host: bool):
+        super().__init__(model)
+        self.on_host = on_host
+
+    def on_input(self, layer: nn.Module, x: Tensor) -> None:
+        if self.on_host:
+            super().on_input(layer, x)
+
+    def on_reconstructed(self, layer: nn.Module, x: Tensor) -> None:
+        if self.on_host:
+            super().on_reconstructed(layer, x)
+
+    def compare(self, name: str, true: Tensor, rebuilt: Tensor) -> None:
+        _signal_and_error(true, rebuilt)
 
 
 def layer_names(model: nn.Module) -> dict[nn.Module, str]:

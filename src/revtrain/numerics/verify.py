@@ -26,9 +26,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from revtrain.core.chain import InvertibleChain, observe
 from revtrain.core.layer import InvertibleLayer
-from revtrain.core.pieces import MIB
 from revtrain.core.recompute import SIMPLE, Generators, held_generators
 from revtrain.errors import RevtrainError
+from revtrain.kernels.pieces import MIB
 from revtrain.memory.live import LiveStorages
 
 # Relative errors that are still taken for rounding. Layer-wise chains amplify it: a fault is smaller only in float64.

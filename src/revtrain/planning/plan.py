@@ -6,14 +6,14 @@ so `StepPredictor` leaves out what repeats: a loop allocates and frees the same 
 left out changes no peak by more than a few numbers a channel; tests hold it to the full prediction.
 
 What a plan promises is about live bytes: exact on the CPU, where the allocator's own use comes on top. On CUDA a
-margin is kept for what the count of live bytes cannot see, see `margin_bytes`.
+margin is kept for what the count of live bytes cannot see, see `margin_bytes`. The data set lies in main memory and
+counts only as far as it is copied to a GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,10 +25,12 @@ from revtrain.errors import RevtrainError
 from revtrain.machine import device as devices
 from revtrain.memory.closed_form import MemoryModel
 from revtrain.models import Images, analytic_memory, architectures, traits
-from revtrain.planning.predict import StepPredictor
+from revtrain.planning.cost import CARDS, step_cost
+from revtrain.planning.predict import StepPredictor, pieces_of_state
 
 MIB = 2**20
-LEAST_BATCH = 2  # batch normalisation needs two images
+LEAST_BATCH = 1
+MOST_COUNTED = 20  # pieces of a state whose operations are counted one by one
 STRAIGHT_TRIES = 6  # along the line; from then on the search halves the interval
 MOST_IMAGES = 2**24  # where the size of the training set is not known
 # A closed form is good to a few per cent: an architecture is recommended with a tenth to spare.
@@ -48,7 +50,8 @@ class Plan:
     backward: str
     precision: str
     device: str
-    batch: int
+    batch: int  # of a step of the optimizer
+    accumulate: int  # micro-batches of it
     image_size: int
     classes: int
     training_images: int | None  # no batch is larger; None: not known
@@ -58,18 +61,23 @@ class Plan:
     optimizer_bytes: int
     activation_bytes: int  # bytes_per_pixel * batch * image_size**2
     bytes_per_pixel: float  # slope of the peak between this batch and another, much larger or smaller
+    buffer_bytes: int  # of a step: which images it takes and how each is changed, loss and hits
     scratch_bytes: int  # what does not grow with the batch: temporaries of chunks, of the optimizer
-    peak_bytes: int  # the sum of the five above
+    peak_bytes: int  # the sum of the six above
+    loop_bytes: int  # what lies beside every step: see `loop_bytes`
+    holds_images: bool  # whether all training images lie on the GPU
     margin_bytes: int  # kept for what live bytes do not show
     limit_bytes: int | None
     limit_given: str | None  # memory_limit as written; None: what the device has free
-    largest_batch: int | None  # 0: not even two images fit
+    largest_batch: int | None  # 0: not even one image fits
     alternatives: tuple[str, ...]  # command-line words, for a run that does not fit
     assumptions: tuple[str, ...]  # what was not known without the data
+    cost: dict[str, Any] | None = None  # of the step on a GPU, where it was asked for: see `with_cost`
 
     @property
     def needed_bytes(self) -> int:
-        return self.peak_bytes + self.margin_bytes
+        """The step, what lies beside it, and the margin."""
+        return self.peak_bytes + self.loop_bytes + self.margin_bytes
 
     @property
     def fits(self) -> bool | None:
@@ -86,10 +94,12 @@ class Plan:
         rows = [
             ("parameters", _mib(self.parameter_bytes), f"{self.parameters:,}, with running statistics"),
             ("gradients", _mib(self.gradient_bytes), "of the parameters"),
-            ("optimizer", _mib(self.optimizer_bytes), "momentum"),
+            ("optimizer", _mib(self.optimizer_bytes), "momentum; with ema_decay the average of the weights"),
             ("activations", _mib(self.activation_bytes), f"{self.bytes_per_pixel:.1f} bytes per pixel"),
+            ("buffers", _mib(self.buffer_bytes), "choices of a batch, loss, hits"),
             ("scratch", _mib(self.scratch_bytes), "does not grow with the batch"),
             ("predicted peak", _mib(self.peak_bytes), "live bytes of a training step"),
+            ("loop", _mib(self.loop_bytes), self._loop()),
         ]
         if self.margin_bytes:
             rows.append(("margin", _mib(self.margin_bytes), "workspace of convolutions, rounding of the allocator"))
@@ -99,12 +109,18 @@ class Plan:
             rows.append(("fits", "yes" if self.fits else "no", self._verdict()))
             most = f"the training set has {self.training_images:,} images" if self.training_images else ""
             rows.append(("largest batch", f"{self.largest_batch:,}" if self.largest_batch else "none", most))
+        if self.cost is not None:
+            moved, products = self.cost["bytes_moved"] / 1e9, self.cost["multiplications"] / 1e12
+            what = f"operations on a GPU; {moved:.1f} GB read and written, {products:.2f} T multiplications"
+            rows.append(("a step", f"{self.cost['operations']:,}", what))
+            for card, milliseconds in self.cost["estimated_ms"].items():
+                rows.append(("", f"{milliseconds:.0f} ms", f"estimated on {card}, as a CUDA graph"))
         if self.alternatives:
             rows.append(("would fit", "", f"at batch={self.batch}: {'; '.join(self.alternatives)}"))
         rows += [("assumed", "", each) for each in self.assumptions]
         title = (
             f"plan: {self.arch}, width {self.width}, depth {self.depth}, backward={self.backward}, {self.precision}, "
-            f"{self.device}; batch {self.batch:,} of {self.image_size}x{self.image_size}"
+            f"{self.device}; batch {self.batch:,}{self._micro()} of {self.image_size}x{self.image_size}"
         )
         rule = "-" * len(title)
         lines = [f"  {name:<14}  {value:>14}  {text}".rstrip() for name, value, text in rows]
@@ -116,9 +132,9 @@ class Plan:
         asked = f"memory_limit={self.limit_given}" if self.limit_given else f"{self.device}: {limit}"
         margin = f" and a margin of {_mib(self.margin_bytes)}" if self.margin_bytes else ""
         lines = [
-            f"{asked} is too little for arch={self.arch} width={self.width} batch={self.batch} at "
+            f"{asked} is too little for arch={self.arch} width={self.width} batch={self.batch}{self._micro()} at "
             f"{self.image_size}x{self.image_size}:",
-            f"a training step needs {_mib(self.peak_bytes)}{margin}; the limit is {limit}.",
+            f"a training step needs {_mib(self.peak_bytes + self.loop_bytes)}{margin}; the limit is {limit}.",
         ]
         if self.largest_batch:
             lines.append(f"The largest batch that fits is batch={self.largest_batch}; batch=auto takes it.")
@@ -130,6 +146,14 @@ class Plan:
         if self.alternatives:
             lines.append(f"At batch={self.batch} would fit: {'; '.join(self.alternatives)}.")
         return RevtrainError("\n".join(lines))
+
+    def _micro(self) -> str:
+        return f" in {self.accumulate} micro-batches" if self.accumulate > 1 else ""
+
+    def _loop(self) -> str:
+        if self.device == "cpu":
+            return "order and losses of an epoch, images of the probe; the data set apart"
+        return "the training images" if self.holds_images else "two batches of images, copied from main memory"
 
     def _verdict(self) -> str:
         rest = (self.limit_bytes or 0) - self.needed_bytes
@@ -166,8 +190,8 @@ def make_plan(
         RevtrainError: `batch=auto` without any limit, or no batch fits it; a batch larger than the training set;
             a network that cannot be built.
     """
-    config = read(cfg)
-    network, batch = config.network, config.training.batch
+    config = on_device(read(cfg), device)
+    network, batch, unit = config.network, config.training.batch, config.training.accumulate
     given = batch if isinstance(batch, int) else None  # None: batch=auto
     assumptions: list[str] = []
     if classes is None or image_size is None:
@@ -182,16 +206,24 @@ def make_plan(
             "Add one, as in memory_limit=4GiB, or give a number, as in batch=512."
         )
     margin = margin_bytes(device, limit)
-    predict = StepPredictor(config, classes, image_size)
-    peak = partial(_peak, predict, device)
+    predict = StepPredictor(config, classes, image_size, planned_for=device.type)
+
+    def peak(batch: int) -> int:
+        return predict(batch).peak
+
+    def needed(batch: int, room: int = 0) -> int:
+        return peak(batch) + loop_bytes(config, device, batch, image_size, training_images, room)[0] + margin
 
     largest = None
     if limit is not None:
         per_image, guess = _first_guess(config, images, limit - margin)
-        first = guess // 2 if given is None else given  # both serve for the slope as well
-        largest = largest_batch(peak, limit - margin, training_images or MOST_IMAGES, per_image, first)
-    batch = given or largest or LEAST_BATCH  # where nothing fits, the numbers of the smallest batch say why
-    fits = limit is None or peak(batch) + margin <= limit
+        first = guess // 2 if given is None else given // unit  # both serve for the slope as well
+        most = (training_images or MOST_IMAGES) // unit
+        largest = unit * largest_batch(lambda micro: needed(unit * micro), limit, most, per_image, first)
+    batch = given or largest or LEAST_BATCH * unit  # where nothing fits, the numbers of the smallest batch say why
+    fits = limit is None or needed(batch) <= limit
+    room = max(0, limit - margin - peak(batch)) if limit is not None else 0
+    beside, holds_images = loop_bytes(config, device, batch, image_size, training_images, room)
     plan = Plan(
         arch=network.arch,
         width=network.width or 0,
@@ -200,16 +232,19 @@ def make_plan(
         precision=network.precision,
         device=str(device),
         batch=batch,
+        accumulate=unit,
         image_size=image_size,
         classes=classes,
         training_images=training_images,
         parameters=predict.parameters,
-        **_terms(predict, peak, batch),
+        **_terms(predict, batch),
+        loop_bytes=beside,
+        holds_images=holds_images,
         margin_bytes=margin,
         limit_bytes=limit,
         limit_given=config.machine.memory_limit,
         largest_batch=largest,
-        alternatives=() if fits or limit is None else alternatives(config, images, batch, limit - margin),
+        alternatives=() if fits or limit is None else alternatives(config, images, batch // unit, limit - margin),
         assumptions=tuple(assumptions),
     )
     if given is None and not largest:
@@ -217,29 +252,50 @@ def make_plan(
     return plan
 
 
-def _peak(predict: StepPredictor, device: torch.device, batch: int) -> int:
-    """Most bytes alive at any time of a step on `device`."""
-    step = predict(batch)
-    if device.type != "cuda":
-        return step.peak
-    # there the optimizer takes all parameters at once, and adds the weight decay to a copy of the gradients
-    return max(step.peak, step.parameters + 2 * step.gradients + step.optimizer)
+def with_cost(plan: Plan, config: Config) -> Plan:
+    """`plan` with what its step costs on a GPU, counted (see `revtrain.planning.cost`).
+
+    As it is where a state is so many pieces that the count would take more than some seconds.
+    """
+    config = on_device(config, torch.device("cuda"))
+    if pieces_of_state(config, plan.batch, plan.image_size, "cuda") > MOST_COUNTED:
+        return plan
+    counted = step_cost(config, plan.batch, plan.classes, plan.image_size)
+    estimated = {card.name: 1e3 * counted.seconds(card, plan.precision != "fp32") for card in CARDS}
+    return replace(
+        plan,
+        cost={
+            "operations": counted.launches,
+            "bytes_moved": counted.total_bytes,
+            "multiplications": counted.multiplications,
+            "estimated_ms": estimated,
+        },
+    )
 
 
-def _terms(predict: StepPredictor, peak: Callable[[int], int], batch: int) -> dict[str, Any]:
+def on_device(config: Config, device: torch.device) -> Config:
+    """The configuration with what `auto` means on `device`."""
+    return replace(config, network=replace(config.network, chunk_mib=config.network.piece_mib(device.type)))
+
+
+def _terms(predict: StepPredictor, batch: int) -> dict[str, Any]:
     """The parts of a plan's peak, by the names that `Plan` has for them; they add up to it."""
-    others = [other for other in predict.known if not batch / 1.5 < other < batch * 1.5] or [batch // 2]
-    per_image = (peak(batch) - peak(others[0])) / (batch - others[0])
-    step, activations = predict(batch), round(per_image * batch)
-    rest = peak(batch) - step.parameters - step.gradients - step.optimizer - activations
+    unit = predict.accumulate
+    known = [other for other in predict.known if not batch / 1.5 < other < batch * 1.5]
+    others = known or [batch // 2 // unit * unit or 2 * batch]
+    step, other = predict(batch), predict(others[0])
+    per_image = (step.peak - step.buffers - other.peak + other.buffers) / (batch - others[0])
+    activations = round(per_image * batch)
+    rest = step.peak - step.parameters - step.gradients - step.optimizer - step.buffers - activations
     return {
         "parameter_bytes": step.parameters,
         "gradient_bytes": step.gradients + min(0, rest),  # a peak before the last gradients are there
         "optimizer_bytes": step.optimizer,
         "activation_bytes": activations,
         "bytes_per_pixel": per_image / predict.image_size**2,
+        "buffer_bytes": step.buffers,
         "scratch_bytes": max(0, rest),
-        "peak_bytes": peak(batch),
+        "peak_bytes": step.peak,
     }
 
 
@@ -263,6 +319,36 @@ def limit_bytes(memory_limit: str | None, device: torch.device) -> int | None:
         return given
     free = devices.available_bytes(device)
     return free if given is None else min(given, free)
+
+
+def loop_bytes(
+    config: Config, device: torch.device, batch: int, image_size: int, training_images: int | None, room: int = 0
+) -> tuple[int, bool]:
+    """(bytes on the device that lie beside every step of a loop, whether all training images are among them).
+
+    On a GPU those images where they fit, or two batches of them, and the losses of an epoch. On the CPU the losses, the
+    order of the images and those of the probe: the data set itself lies in main memory whatever the device.
+
+    Args:
+        training_images: None: not known; what depends on it is left out.
+        room: what the step and the margin leave of the limit.
+    """
+    image_bytes = 3 * image_size**2 + 8  # uint8, and the label
+    count = training_images or 0
+    losses = 4 * (count // batch) + 8  # and the hits
+    if device.type == "cpu":
+        probe = config.probe
+        probed = image_bytes * min(probe.batch, count or probe.batch) if probe.every else 0
+        return losses + 8 * count + probed, False
+    whole, two = image_bytes * count, 2 * image_bytes * batch
+    holds = 0 < whole <= max(room, two)
+    return losses + (whole if holds else two), holds
+
+
+def room_bytes(peak_bytes: int, memory_limit: str | None, device: torch.device) -> int:
+    """What a GPU has left for the images beside a step of `peak_bytes`, and its margin; 0 elsewhere."""
+    limit = limit_bytes(memory_limit, device) if device.type == "cuda" else None
+    return 0 if limit is None else max(0, limit - peak_bytes - margin_bytes(device, limit))
 
 
 def margin_bytes(device: torch.device, limit: int | None) -> int:
@@ -292,7 +378,7 @@ def cap_memory(memory_limit: str | None, device: torch.device) -> None:
 
 
 def largest_batch(peak: Callable[[int], int], budget: int, most: int, per_image: float, first: int) -> int:
-    """The largest batch up to `most` whose peak is within `budget`, itself predicted; 0 where two images are too many.
+    """The largest batch up to `most` whose peak is within `budget`, itself predicted; 0 where one image is too many.
 
     The peak grows with the batch, in pieces that are nearly straight: a line through the last prediction gives the
     next, between the largest batch that is known to fit and the smallest that is known not to.
@@ -328,6 +414,12 @@ def _first_guess(config: Config, images: Images, budget: int) -> tuple[float, in
     lines = [(moment.bytes_per_pixel * images.size**2, moment.fixed_bytes) for moment in model.moments]
     batch = min((budget - fixed) / slope for slope, fixed in lines)
     return max(slope for slope, _ in lines), int(batch)
+
+
+def roughly_stored(config: Config, images: Images, batch: int) -> int | None:
+    """Bytes of a step of `batch` images that stores all activations, by the closed form; None where there is none."""
+    model = _closed_form(replace(config, network=replace(config.network, backward="store")), images)
+    return None if model is None else int(SPARE * model.peak_bytes(batch, images.size))
 
 
 def _closed_form(config: Config, images: Images) -> MemoryModel | None:

@@ -12,24 +12,33 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from revtrain.config import Config, read
-from revtrain.core.pieces import few_rounds
+from revtrain.core.chain import observe
 from revtrain.core.repeats import without_repeats
+from revtrain.data import Split
+from revtrain.kernels.operator import planning_for
+from revtrain.kernels.pieces import MIB, few_rounds
 from revtrain.machine import device as devices
 from revtrain.memory.live import LiveStorages
+from revtrain.memory.macs import CountMacs
 from revtrain.models import Images, build
-from revtrain.optim import make_optimizer
+from revtrain.numerics.halves import count_halves
+from revtrain.numerics.probing import inverts, loss_gradients, on_the_side, storing
+from revtrain.numerics.snr import SnrMemory
+from revtrain.optim import WeightAverage, make_optimizer
+from revtrain.step.feed import OnDevice
+from revtrain.step.work import Work
 
+MOST_PIECES = 200  # of a state, for a prediction that leaves none of them out: it takes half a minute then
 ROUNDS = 2  # of a loop that are run: in the second one, what the first has left behind is still alive
 
 
 @dataclass(frozen=True)
 class StepTimeline:
-    """Live bytes over one training step, weights and momentum (`always_bytes`) included.
+    """Live bytes over one training step; weights, momentum and the step's buffers (`always_bytes`) are among them.
 
     `live_bytes` is their number after each allocation and each release; `ends` says at which index of it the
     forward and the backward pass and the optimizer's step end.
@@ -48,8 +57,10 @@ class Prediction:
     peak: int  # most bytes alive at any time
     parameters: int  # running statistics included
     gradients: int  # of the parameters
-    optimizer: int  # momentum
+    optimizer: int  # momentum, and the average of the weights
+    buffers: int  # of the step: which images it takes and how each is changed, loss and hits
     forward_backward: int  # most bytes alive before the optimizer's step
+    macs: int  # multiply-accumulates of forward and backward pass; of a quick prediction: too few
     timeline: StepTimeline = field(repr=False, compare=False)
 
 
@@ -59,17 +70,20 @@ class StepPredictor:
     >>> predict = StepPredictor(cfg, classes=10, image_size=32)
     >>> predict(512).peak
 
-    The step is one of many: momentum exists, and the gradients of the step before are gone.
+    It is that of training (`revtrain.step.work`), one of many: momentum exists, and the gradients of the step before
+    are gone. Where the images lie is not its part: they are taken from among a few that do not count. With `accumulate`
+    micro-batches it ends with the last of them, with the gradients of those before it alive.
 
-    A prediction is quick or whole. The quick one takes a second where the whole one may take a minute; the two agree
-    within 2 % (in fact within 0.3 %). It leaves out the further rounds of loops over pieces of the batch and over
-    hidden chunks (`ROUNDS` are run) and the further ones of equal layers in a chain that inverts.
+    A prediction is quick or whole. The quick one takes a second where the whole one may take a minute; they agree
+    within 0.3 %, and in float32 to the byte. It leaves out the further rounds of loops over pieces of the batch and
+    over hidden chunks (`ROUNDS` are run) and the further ones of equal layers in a chain that inverts.
 
     Args:
         config: a `Config`, or the composed configuration; its `batch` plays no part.
         classes, image_size: of the data, the side in pixels.
         quick: leave out what repeats. The peak is then right, the timeline is not.
         device: where to run the whole step on real tensors; None: on fake ones, which allocates nothing.
+        planned_for: the type of device that fake tensors stand for, cpu or cuda.
 
     Raises:
         RevtrainError: a network that cannot be built.
@@ -83,25 +97,34 @@ class StepPredictor:
         image_size: int,
         quick: bool = True,
         device: torch.device | None = None,
+        planned_for: str = "cpu",
     ):
         if quick and device is not None:
             raise ValueError("a quick step leaves out what repeats: on real tensors use quick=False")
-        config = read(config)
-        self.image_size, self.quick = image_size, quick
+        self._config = config = read(config)
+        self.image_size, self.quick, self.accumulate = image_size, quick, config.training.accumulate
         self.known: dict[int, Prediction] = {}  # batch -> what was predicted for it
         self._fake = FakeTensorMode() if device is None else None
+        self._planned_for = planned_for if device is None and planned_for == "cuda" else None
         self._device = torch.device("cpu") if device is None else device
         self._precision, self._dtype = config.network.precision, devices.DTYPES[config.network.precision]
-        self._live = LiveStorages(record=True)
+        self._live, self._macs = LiveStorages(record=True), CountMacs()
+        with torch.random.fork_rng([]), self._fake or nullcontext():
+            images = torch.randint(0, 256, (2, 3, image_size, image_size), dtype=torch.uint8)
+            self._feed = OnDevice(Split(images, torch.zeros(2, dtype=torch.int64)), self._device)
         with self._counting():
             self._model = build(config.network, Images(classes, image_size)).train()
             if device is not None:
-                self._model.to(device)
+                devices.place(self._model, device)
+            if self._planned_for == "cuda":
+                devices.weights_as_on_cuda(self._model)
             self._parameter_bytes = self._live.live_bytes
             self._optimizer = make_optimizer(self._model, config.training)
             for parameter in self._model.parameters():  # a step without passes makes the momentum
                 parameter.grad = torch.zeros_like(parameter)
             self._optimizer.step()
+            decay = config.training.ema_decay
+            self._average = None if decay is None else WeightAverage(self._model, decay)
         self.parameters = sum(parameter.numel() for parameter in self._model.parameters())
 
     def __call__(self, batch: int) -> Prediction:
@@ -115,31 +138,93 @@ class StepPredictor:
         return self.known[batch]
 
     def _step(self, batch: int) -> Prediction:
-        live, size = self._live, self.image_size
+        live = self._live
+        ends: dict[str, int] = {}
+        peaks: dict[str, int] = {}
+        macs = 0
+
+        def reached(phase: str) -> None:
+            nonlocal macs
+            ends[phase], peaks[phase] = len(live.timeline), live.peak_bytes
+            if phase == "backward":  # the optimizer may bound the weights
+                macs = self._macs.macs * self.accumulate
+
         with self._counting():
             self._optimizer.zero_grad(set_to_none=True)
+            before = live.live_bytes
+            share = -(-batch // self.accumulate) * self.accumulate
+            mean, std = (torch.full((3,), 0.5, device=self._device) for _ in range(2))
+            work = Work(
+                self._model,
+                self._config,
+                self._optimizer,
+                share,
+                self._feed,
+                mean,
+                std,
+                self._device,
+                average=self._average,
+            )
+            if self._fake is not None and work.rate is None:  # whether anything overflowed would be asked
+                work.scaler = torch.amp.GradScaler("cpu", enabled=False)
             always = live.live_bytes
-            images = torch.empty(batch, 3, size, size, dtype=self._dtype, device=self._device).normal_()
-            labels = torch.zeros(batch, dtype=torch.int64, device=self._device)
+            if self.accumulate > 1:
+                for parameter in self._model.parameters():
+                    parameter.grad = torch.zeros_like(parameter)
             live.reset_peak()
             live.timeline.clear()
-            with self._autocast():
-                loss = F.cross_entropy(self._model(images), labels)
-            ends = {"forward": len(live.timeline)}
-            loss.backward()
-            ends["backward"], forward_backward = len(live.timeline), live.peak_bytes
-            del images, labels, loss
+            self._macs.macs, work.reached = 0, reached
+            work.micro_batch(self.accumulate - 1)
             gradients = live.live_bytes - always
-            self._optimizer.step()
-            ends["optimizer"] = len(live.timeline)
+            work.update()
         return Prediction(
             peak=live.peak_bytes,
             parameters=self._parameter_bytes,
             gradients=gradients,
-            optimizer=always - self._parameter_bytes,
-            forward_backward=forward_backward,
-            timeline=StepTimeline(live.timeline[:], ends, always, batch),
+            optimizer=before - self._parameter_bytes,
+            buffers=always - before,
+            forward_backward=peaks["backward"],
+            macs=macs,
+            timeline=StepTimeline(live.timeline[: ends["optimizer"]], ends, always, batch),
         )
+
+    def evaluation(self, batch: int) -> int:
+        """Most bytes alive at any time while the network evaluates `batch` images, momentum included."""
+        self._model.eval()
+        with self._counting(), few_rounds(ROUNDS) if self.quick else nullcontext(), torch.no_grad():
+            self._optimizer.zero_grad(set_to_none=True)
+            images = torch.empty(batch, 3, self.image_size, self.image_size, device=self._device)
+            self._live.reset_peak()
+            with self._autocast():
+                self._model(images)
+            del images
+        self._model.train()
+        return self._live.peak_bytes
+
+    def probe(self, images: int, gradients: bool) -> int:
+        """Most bytes alive at any time while `training.probe.Probe` measures on `images` images, momentum included.
+
+        Args:
+            gradients: they are compared, too.
+        """
+        model, size = self._model.train(), self.image_size
+        on_host = self._device.type == "cpu" and self._planned_for is None
+        with self._counting(), few_rounds(ROUNDS) if self.quick else nullcontext(), self._autocast():
+            self._optimizer.zero_grad(set_to_none=True)
+            batch = torch.empty(images, 3, size, size, device=self._device)
+            labels = torch.zeros(images, dtype=torch.int64, device=self._device)
+            self._live.reset_peak()
+            if inverts(model):
+                with on_the_side(model, self._device), observe(model, SnrMemory(model, on_host)):
+                    loss_gradients(model, batch, labels)
+            count_halves(model, batch)
+            if gradients and inverts(model):
+                rebuilt = [torch.empty_like(each) for each in model.parameters()]  # in a pass as the one above
+                with on_the_side(model, self._device), storing(model):
+                    loss_gradients(model, batch, labels)
+                del rebuilt
+            del batch, labels
+        return self._live.peak_bytes
 
     def _autocast(self) -> torch.autocast:
         return devices.autocast(self._device, self._precision)
@@ -148,7 +233,14 @@ class StepPredictor:
     def _counting(self) -> Iterator[None]:
         """Count live bytes, on fake tensors unless there is a device; leave the random numbers as they are."""
         drawn_there = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(drawn_there), self._fake or nullcontext(), self._live, _unburdened_collector():
+        with (
+            torch.random.fork_rng(drawn_there),
+            self._fake or nullcontext(),
+            self._live,
+            planning_for(self._planned_for),
+            self._macs,
+            _unburdened_collector(),
+        ):
             yield
 
 
@@ -174,26 +266,43 @@ class StepMemory:
     peak_bytes: int  # most bytes alive at any time of the step
     parameter_bytes: int  # M_theta, running statistics included
     gradient_bytes: int  # of the parameters
-    optimizer_bytes: int  # momentum
+    optimizer_bytes: int  # momentum, and the average of the weights
     activation_bytes: int  # what the peak of forward and backward adds to the three above
     bytes_per_pixel: float  # slope of that peak over batch * height * width
+    macs_per_image: int  # multiply-accumulates of forward and backward pass
     timeline: StepTimeline = field(repr=False, compare=False)
 
 
-def predict_step_memory(config: Config | DictConfig, classes: int, image_size: int, batch: int) -> StepMemory:
-    """The memory of one training step at `batch`, predicted whole by a `StepPredictor` on fake tensors.
+def pieces_of_state(config: Config, batch: int, image_size: int, device_type: str) -> float:
+    """How many pieces of `chunk_mib` a state of `batch` images is, about."""
+    network = config.network
+    state_bytes = batch * image_size**2 * (network.width or 0) * devices.DTYPES[network.precision].itemsize
+    return state_bytes / (MIB * network.piece_mib(device_type))
 
-    `bytes_per_pixel` is the slope of the peak of forward and backward pass between half the batch and the batch:
-    weights, their gradients, momentum and scratch of fixed size fall out of it.
+
+def predict_step_memory(
+    config: Config | DictConfig, classes: int, image_size: int, batch: int, planned_for: str = "cpu"
+) -> StepMemory:
+    """The memory of one training step at `batch`, predicted by a `StepPredictor` on fake tensors.
+
+    `bytes_per_pixel` is the slope of the peak of forward and backward pass between half the batch, or twice of it, and
+    the batch: weights, their gradients, momentum and scratch of fixed size fall out of it, and so do the step's
+    buffers. The prediction is whole, and so is its timeline, but where a state is more than `MOST_PIECES` pieces.
 
     Args:
         config, classes, image_size: see `StepPredictor`.
         batch: images of a step in one process.
+        planned_for: the type of device that the step is for.
     """
-    predict = StepPredictor(config, classes, image_size, quick=False)
-    smaller = max(1, batch // 2)
-    half, full = predict(smaller), predict(batch)
-    pixels = (batch - smaller) * image_size**2
+    config = read(config)
+    unit = config.training.accumulate  # both batches are whole micro-batches
+    quick = pieces_of_state(config, batch, image_size, planned_for) > MOST_PIECES
+    predict = StepPredictor(config, classes, image_size, quick=quick, planned_for=planned_for)
+    other = batch // 2 // unit * unit or 2 * batch
+    half, full = predict(other), predict(batch)
+    whole = -(-batch // unit) * unit
+    pixels = (batch - other) * image_size**2
+    grown = full.forward_backward - full.buffers - half.forward_backward + half.buffers
     return StepMemory(
         batch=batch,
         image_size=image_size,
@@ -202,6 +311,7 @@ def predict_step_memory(config: Config | DictConfig, classes: int, image_size: i
         gradient_bytes=full.gradients,
         optimizer_bytes=full.optimizer,
         activation_bytes=max(0, full.forward_backward - full.parameters - full.gradients - full.optimizer),
-        bytes_per_pixel=(full.forward_backward - half.forward_backward) / pixels if pixels else 0.0,
+        bytes_per_pixel=grown / pixels,
+        macs_per_image=full.macs // whole,
         timeline=full.timeline,
     )

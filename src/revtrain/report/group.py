@@ -13,7 +13,7 @@ from revtrain.config import flatten, registry
 from revtrain.runs.read import Run
 
 # keys without influence on what a run computes: two runs that differ in them repeat each other
-INCIDENTAL = ("seed", "resume", "plan", "memory_limit", "experiment", "data.cache")
+INCIDENTAL = ("seed", "resume", "plan", "memory_limit", "graph", "experiment", "data.cache")
 # and those without influence on a training step's time either, so that `store` can be the measure for `invert`
 OF_THE_PROBE = ("backward", "probe.batch", "probe.every")
 
@@ -95,7 +95,7 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
     """All groups, by architecture and settings, numbered from 1."""
     members: dict[str, list[Run]] = {}
     for run in runs:
-        members.setdefault(_key(run, INCIDENTAL), []).append(run)
+        members.setdefault(configuration_key(run, INCIDENTAL), []).append(run)
     flat = {key: flatten(each[0].config) for key, each in members.items()}
     groups = [
         Group(
@@ -187,7 +187,7 @@ def _compare(groups: list[Group]) -> None:
 
     def of(group: Group) -> tuple[str, str]:
         devices = {run.device for run in group.counted}
-        return _key(group.counted[0], (*INCIDENTAL, *OF_THE_PROBE)), json.dumps(sorted(map(str, devices)))
+        return configuration_key(group.counted[0], (*INCIDENTAL, *OF_THE_PROBE)), json.dumps(sorted(map(str, devices)))
 
     for group in groups:
         seconds = group.mean("step_seconds")
@@ -198,7 +198,7 @@ def _compare(groups: list[Group]) -> None:
         group.overhead = seconds / reference if seconds and reference else None
 
 
-def _key(run: Run, apart: tuple[str, ...]) -> str:
+def configuration_key(run: Run, apart: tuple[str, ...]) -> str:
     """The configuration as text, but for the keys in `apart`; that of a run without one equals no other."""
     config = {key: value for key, value in flatten(run.config).items() if key not in apart}
     if len(config) < 2:  # the architecture alone

@@ -11,6 +11,7 @@ from datetime import datetime
 from html import escape
 from typing import Any
 
+from revtrain.numerics.decibels import snr_text
 from revtrain.report.group import Group, pareto
 from revtrain.report.svg import COLOURS, Axis, Chart, Line, Point, key
 from revtrain.report.tables import (
@@ -304,12 +305,12 @@ def _snr(groups: Sequence[Group]) -> str:
 
 
 def _profile(run: Run, who: str) -> list[tuple[float, float, str]]:
-    return [(index, db, f"{name}: {db:.1f} dB, {who}") for index, (name, db) in enumerate(run.snr_db.items())]
+    return [(index, db, f"{name}: {snr_text(db)}, {who}") for index, (name, db) in enumerate(run.snr_db.items())]
 
 
 def _minima(run: Run, who: str) -> list[tuple[float, float, str]]:
     return [
-        (line.epoch, line.snr_minimum_db, f"epoch {line.epoch}: {line.snr_minimum_db:.1f} dB, {who}")
+        (line.epoch, line.snr_minimum_db, f"epoch {line.epoch}: {snr_text(line.snr_minimum_db)}, {who}")
         for line in run.history
         if line.snr_minimum_db is not None
     ]

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from revtrain.errors import printable
+from revtrain.numerics.decibels import EXACT_DB
 from revtrain.report.group import Group, Spread
 from revtrain.runs.read import Problem, Run
 
@@ -54,13 +56,24 @@ def spread(value: Spread | None, form: str = ",.1f") -> str:
     return f"{value.mean:{form}}{deviation}"
 
 
+def snr_cell(values: Sequence[float | None]) -> str:
+    """The SNRs of several runs: as in `61.3 ± 0.2`, `exact`, or `61.3 ± 0.2 (1 of 3 exact)`; what is exact has no
+    finite SNR that could be averaged."""
+    known = [value for value in values if value is not None]
+    finite = [value for value in known if abs(value) < EXACT_DB]
+    exact, lost = sum(value >= EXACT_DB for value in known), sum(value <= -EXACT_DB for value in known)
+    words = [(exact, "exact"), (lost, "nothing left")]
+    if not finite:
+        return ", ".join(word if count == len(known) else f"{count} {word}" for count, word in words if count) or NONE
+    rest = "".join(f" ({count} of {len(known)} {word})" for count, word in words if count)
+    return spread(Spread.of(finite), ".1f") + rest
+
+
 def clean(text: Any, length: int = 200) -> str:
     """The text on one line, without anything that would steer a terminal."""
     line = " ".join(str(text).split())
     line = line if len(line) <= length else f"{line[: length - 3]}..."
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode() for letter in line
-    )
+    return printable(line)
 
 
 def _of(name: str, form: str) -> Callable[[Group], str]:
@@ -75,6 +88,16 @@ def accuracy_percent(run: Run) -> float | None:
     return None if run.test_accuracy is None else 100 * run.test_accuracy
 
 
+def _percent(name: str) -> Callable[[Group], str]:
+    """Of one of the accuracies of `Run`."""
+
+    def of_run(run: Run) -> float | None:
+        value = getattr(run, name)
+        return None if value is None else 100 * value
+
+    return lambda group: spread(group.spread(of_run), ".2f")
+
+
 GROUP_COLUMNS = (
     Column("#", lambda group: str(group.number)),
     Column("architecture", lambda group: group.arch, text=True),
@@ -82,11 +105,13 @@ GROUP_COLUMNS = (
     Column("data", lambda group: group.task, text=True, varies=True),
     Column("parameters", lambda group: number(group.mean("params"))),
     Column("n", lambda group: str(len(group.counted) if group.completed else 0)),
-    Column("accuracy, %", lambda group: spread(group.spread(accuracy_percent), ".2f")),
+    Column("accuracy, %", _percent("test_accuracy")),
+    Column("with flips, %", _percent("test_accuracy_flip"), optional=True),
+    Column("averaged, %", _percent("test_accuracy_ema"), optional=True),
     Column("bytes/px", lambda group: number(group.mean("bytes_per_pixel"))),
     Column("peak, MiB", lambda group: number(group.mean("step_peak_mib"), ",.1f")),
     Column("VRAM, MiB", _of("vram_allocated_mib", ",.0f"), optional=True),
-    Column("SNR, dB", _of("snr_minimum_db", ".1f")),
+    Column("SNR, dB", lambda group: snr_cell([run.snr_minimum_db for run in group.counted])),
     Column("ms/step", lambda group: spread(group.spread(_milliseconds), ",.1f")),
     Column("overhead", lambda group: NONE if group.overhead is None else f"{group.overhead:.2f}x"),
     Column("status", lambda group: "" if group.status == "completed" else group.progress, text=True, optional=True),
@@ -94,9 +119,10 @@ GROUP_COLUMNS = (
 GROUP_NOTES = (
     "Configurations; n completed runs with different seeds each, mean ± standard deviation over them. Where none is "
     "completed, the run that came furthest stands for them.",
-    "accuracy: of the last epoch, on the test images. bytes/px: what a training step stores per input pixel, weights, "
-    "their gradients and momentum apart; peak: everything that is alive in a step, weights included, counted; VRAM: "
-    "the peak that was measured on a GPU.",
+    "accuracy: of the last epoch, on the test images; with flips: of the logits' mean over image and mirror image; "
+    "averaged: of the average of the weights (ema_decay). bytes/px: what a training step stores per input pixel, "
+    "weights, their gradients and momentum apart; peak: everything that is alive in a step, weights included, counted; "
+    "VRAM: the peak that was measured on a GPU.",
     "SNR: of the worst reconstructed layer, last probe. overhead: step time over that of backward=store with the same "
     "configuration on the same device; - where there is no such run.",
 )
@@ -108,7 +134,9 @@ RUN_COLUMNS = (
     Column("epochs", lambda run: run.progress),
     Column("accuracy, %", lambda run: percent(run.test_accuracy)),
     Column("best, %", lambda run: percent(run.best_test_accuracy)),
-    Column("SNR, dB", lambda run: number(run.snr_minimum_db, ".1f")),
+    Column("with flips, %", lambda run: percent(run.test_accuracy_flip), optional=True),
+    Column("averaged, %", lambda run: percent(run.test_accuracy_ema), optional=True),
+    Column("SNR, dB", lambda run: snr_cell([run.snr_minimum_db])),
     Column("at", lambda run: clean(run.snr_minimum_layer or "", 80), text=True, optional=True),
     Column("bytes/px", lambda run: number(run.bytes_per_pixel)),
     Column("peak, MiB", lambda run: number(run.step_peak_mib, ",.1f")),
@@ -148,10 +176,10 @@ def markdown(groups: Sequence[Group], problems: Sequence[Problem]) -> str:
     parts = [
         "# revtrain report",
         "## Configurations",
-        _piped(*table(GROUP_COLUMNS, groups)),
+        piped(*table(GROUP_COLUMNS, groups)),
         *GROUP_NOTES,
         "## Runs",
-        _piped(*table(RUN_COLUMNS, runs)),
+        piped(*table(RUN_COLUMNS, runs)),
     ]
     if problems:
         lines = [f"- {_escaped(clean(each.path))}: {_escaped(clean(each.reason))}" for each in problems]
@@ -177,7 +205,8 @@ def comma_separated(groups: Sequence[Group]) -> str:
         **{
             key: _figure(key)
             for key in (
-                "params", "test_accuracy", "best_test_accuracy", "bytes_per_pixel", "step_peak_mib",
+                "params", "test_accuracy", "best_test_accuracy", "test_accuracy_flip", "test_accuracy_ema",
+                "bytes_per_pixel", "step_peak_mib",
                 "vram_allocated_mib", "vram_reserved_mib", "snr_minimum_db", "snr_minimum_layer",
                 "images_per_second", "train_seconds", "step_seconds",
             )
@@ -215,7 +244,7 @@ def _aligned(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([texts[0], "  ".join("-" * width for width in widths), *texts[1:]])
 
 
-def _piped(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str:
+def piped(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str:
     lines = [
         [column.head for column in columns],
         ["---" if column.text else "---:" for column in columns],

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from revtrain.kernels.cpu_kernels.build import library
+
 # A shell starts its background jobs with SIGINT ignored, and so perhaps this process: tests of Ctrl-C need it back.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -24,6 +26,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 TINY = (
     "arch=layerwise", "depth=2", "width=4", "pooling=[]", "data=synthetic", "data.train_images=52",
     "data.test_images=20", "batch=16", "epochs=2", "lr=0.05", "probe.batch=8", "device=cpu",
+)  # fmt: skip
+
+# the same of any architecture, one epoch without a probe
+IN_A_MOMENT = (
+    "data=synthetic", "data.train_images=52", "data.test_images=20", "batch=16", "epochs=1", "lr=0.05",
+    "probe.every=0", "device=cpu",
 )  # fmt: skip
 
 
@@ -43,6 +51,11 @@ class Ran(NamedTuple):
     @property
     def result(self) -> dict[str, Any]:
         return read_result(self.dir)
+
+
+def pytest_sessionstart() -> None:
+    """Compile the passes for this CPU, once, before any test looks at what a run prints."""
+    library()
 
 
 def read_result(run_dir: Path) -> dict[str, Any]:

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from revtrain.core.chain import InvertibleChain
 from revtrain.core.layer import InvertibleLayer
-from revtrain.core.pieces import MIB, set_chunk_mib
 from revtrain.errors import RevtrainError
+from revtrain.kernels.pieces import MIB, set_chunk_mib
 from revtrain.layers import AdditiveCoupling, InvertibleLeakyReLU, PreNorm
 
 CHANNELS = 8  # of every state here; F and G of a coupling see half of them

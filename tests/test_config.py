@@ -10,8 +10,8 @@ import pytest
 from omegaconf import OmegaConf
 
 import revtrain.conf
-from revtrain.conf import compose, slug
-from revtrain.config import all_keys, expected, read, schema, sections
+from revtrain.conf import _given, compose, slug
+from revtrain.config import all_keys, expected, flat, flatten, own_keys, read, schema, sections
 from revtrain.config.help import keys_help
 from revtrain.data import datasets
 from revtrain.data.synthetic import facts
@@ -19,9 +19,19 @@ from revtrain.errors import RevtrainError
 from revtrain.models import architectures
 
 CONF = Path(revtrain.conf.__file__).parent
-VARIANTS = {"layerwise_paper": "layerwise", "hybrid_mixed": "hybrid"}  # yamls of arch/ that set more than arch
+VARIANTS = {
+    "layerwise_paper": "layerwise",
+    "layerwise_no_epsilon": "layerwise",
+    "revnet_gomez": "revnet",
+    "hybrid_mixed": "hybrid",
+    "hybrid_paper": "hybrid",
+    "hybrid_batch_pooling": "hybrid",
+}  # yamls of arch/ that set more than arch
+FAST = {"zero_last"}  # what recipe=fast changes
 YAMLS = [
-    (group, path.stem) for group in ("arch", "data", "scale", "experiment") for path in (CONF / group).glob("*.yaml")
+    (group, path.stem)
+    for group in ("arch", "data", "recipe", "scale", "experiment")
+    for path in (CONF / group).glob("*.yaml")
 ]
 
 
@@ -29,7 +39,7 @@ YAMLS = [
 def test_every_yaml_composes_and_is_valid(group, name):
     cfg = compose([f"{group}={name}", "data.root=."])
     read(cfg)
-    if group != "scale":
+    if group not in ("recipe", "scale"):
         chosen = {"arch": cfg.arch, "data": cfg.data.name, "experiment": cfg.experiment}[group]
         assert chosen == VARIANTS.get(name, name)
 
@@ -49,6 +59,28 @@ def test_the_scale_of_a_figure_is_one_word():
     assert (small.width, small.epochs, small.data.train_limit) == (8, 3, 2000)
     assert (full.width, full.epochs, full.batch, full.data.train_limit) == (32, 40, 512, None)
     assert full.arch == "layerwise" and full.data.name == "imagefolder"
+
+
+@pytest.mark.parametrize("arch", architectures())
+def test_a_recipe_suits_every_architecture_and_the_papers_is_the_default(arch):
+    fast, paper, default = (
+        flatten(flat(read(compose([f"arch={arch}", "data=synthetic", *words]))))
+        for words in (["recipe=fast"], ["recipe=paper"], [])
+    )
+    assert paper == default
+    changed = {key for key in fast if fast[key] != paper[key]}
+    own = {"zero_last"} if arch in own_keys("models")["zero_last"] else set()
+    assert changed - {"zero_last"} == FAST - {"zero_last"} and changed & {"zero_last"} == own & FAST
+
+
+def test_a_recipe_gives_way_to_an_experiment_and_to_the_command_line():
+    assert read(compose(["recipe=fast", "experiment=quickstart"])).training.warmup == 0.1
+    assert read(compose(["data=synthetic", "recipe=fast", "warmup=0.3"])).training.warmup == 0.3
+
+
+def test_a_group_beside_resume_gives_its_keys():
+    assert {"width", "depth", "pooling"} <= _given(["size=180k"])
+    assert "data.augment.alternate_flip" in _given(["recipe=paper"])
 
 
 def test_yaml_and_schema_agree_on_the_defaults():
@@ -106,8 +138,7 @@ WRONG = [
     (["pooling=[chanel]"], "pooling=chanel", "channel, batch, stride", "Did you mean channel?"),
     (["backward=recompute"], "backward=recompute", "invert, store"),
     (["chunk_mib=0"], "chunk_mib=0", "greater than 0"),
-    (["batch=0"], "batch=0", "at least 2"),
-    (["batch=1"], "batch=1", "at least two images"),
+    (["batch=0"], "batch=0", "One image can be the batch"),
     (["epochs=0"], "epochs=0", "at least 1"),
     (["lr=0"], "lr=0", "greater than 0"),
     (["lr=nan"], "lr=nan", "greater than 0"),

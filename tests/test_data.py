@@ -7,6 +7,7 @@ import hashlib
 import http.server
 import io
 import logging
+import os
 import pickle
 import socket
 import tarfile
@@ -322,11 +323,11 @@ def cfg(folder, tmp_path):
 @pytest.fixture
 def decoded(monkeypatch):
     """Paths in the order in which they are decoded."""
-    from revtrain.data import imagefolder
+    from revtrain.data import imagefiles
 
     paths = []
-    original = imagefolder._pixels
-    monkeypatch.setattr(imagefolder, "_pixels", lambda path, *rest: paths.append(path) or original(path, *rest))
+    original = imagefiles.pixels
+    monkeypatch.setattr(imagefiles, "pixels", lambda path, *rest: paths.append(path) or original(path, *rest))
     return paths
 
 
@@ -481,6 +482,222 @@ def test_more_than_eight_bits_are_refused(cfg, folder):
 def test_decompression_bombs_are_refused(cfg, monkeypatch, limit, image_size):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     refused(replace(cfg, image_size=image_size), "0.png", "huge", str(limit))
+
+
+# ---- which files of a folder are taken ---------------------------------------------------------------------
+
+PICTURE = np.arange(12 * 12 * 3, dtype=np.uint8).reshape(12, 12, 3)
+
+
+def put(path, **options):
+    """A picture that no turn maps to itself."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(PICTURE).save(path, **options)
+
+
+def said(caplog) -> str:
+    """The one summary of what was left out."""
+    texts = [record.getMessage() for record in caplog.records if "left out:" in record.getMessage()]
+    assert len(texts) == 1, texts
+    return texts[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("here", "."),
+        ("above", ".."),
+        ("far above", "../.."),
+        ("other", "../dog"),
+        ("sub/back", "../../cat"),
+        ("x.png", "."),
+    ],
+)
+def test_a_link_to_a_folder_that_is_listed_adds_no_image(cfg, folder, caplog, name, target):
+    link = folder / "train" / "cat" / name
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(target)
+    assert load_data(cfg).train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert f"train/cat/{name}" in said(caplog)
+
+
+def test_links_in_a_circle_end(cfg, folder, tmp_path, caplog):
+    for one, other in (("a", "b"), ("b", "a")):
+        put(tmp_path / one / f"{one}.png")
+        (tmp_path / one / "next").symlink_to(tmp_path / other)
+    (folder / "train/cat/a").symlink_to(tmp_path / "a")
+    assert load_data(cfg).train.labels.tolist() == [0] * 5 + [1] * 3
+    assert "train/cat/a/next/next" in said(caplog)
+
+
+def test_a_linked_class_and_a_linked_file_are_taken(cfg, folder, tmp_path, caplog):
+    for split in ("train", "test"):
+        (folder / split / "dog").rename(tmp_path / f"dogs of {split}")
+        (folder / split / "dog").symlink_to(tmp_path / f"dogs of {split}")
+    (folder / "train/cat/more.png").symlink_to(tmp_path / "dogs of train/0.png")
+    assert load_data(cfg).train.labels.tolist() == [0] * 4 + [1] * 3
+    assert "left out" not in caplog.text
+
+
+def test_two_classes_that_are_one_folder_are_refused(cfg, folder):
+    (folder / "train/wolf").symlink_to("dog")
+    refused(cfg, "no image of: wolf", "listed already, or that the link lies in: wolf")
+
+
+@pytest.mark.parametrize(
+    "name", ["._0.jpg", ".hidden.png", ".ipynb_checkpoints/0-checkpoint.png", ".git/0.png", "@eaDir/0.png",
+             "__MACOSX/._0.png", "deep/.thumbnails/0.png"],
+)  # fmt: skip
+def test_hidden_names_are_no_images(cfg, folder, caplog, name):
+    path = folder / "train/cat" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes((folder / "train/cat/0.png").read_bytes())
+    assert load_data(cfg).train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert name.split("/0")[0].split("/.")[0].split("/")[0] in said(caplog)
+
+
+@pytest.mark.parametrize("name", [".ipynb_checkpoints", "__MACOSX", "lost+found", "$RECYCLE.BIN"])
+def test_hidden_folders_are_no_classes(cfg, folder, caplog, name):
+    put(folder / "train" / name / "0.png")
+    assert load_data(cfg).classes == ("cat", "dog")
+    assert f"train/{name}" in said(caplog)
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.png", b"\xff\xfe.png", b"two\nlines.png", b"l" * 250 + b".png"])
+def test_file_names_of_any_bytes(cfg, folder, name):
+    os.rename(folder / "train/cat/0.png", os.path.join(os.fsencode(folder / "train/cat"), name))
+    assert len(load_data(cfg).train) == 6
+    assert len(load_data(cfg).train) == 6  # from the cache
+    with open(os.path.join(os.fsencode(folder / "train/cat"), name), "wb"):
+        refused(cfg, "damaged").encode()
+
+
+def test_class_names_of_any_bytes_and_of_letters_in_two_spellings(cfg, folder):
+    for split, spelling in (("train", "caf\u00e9"), ("test", "cafe\u0301")):
+        (folder / split / "cat").rename(folder / split / spelling)
+        os.rename(folder / split / "dog", os.path.join(os.fsencode(folder / split), b"caf\xe9"))
+    classes = load_data(cfg).classes
+    assert classes == ("caf\\xe9", "caf\u00e9") and all(name.encode() for name in classes)
+    (folder / "train" / "cafe\u0301").mkdir()
+    refused(cfg, "several folders for one class")
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".avif", ".jfif", ".jpe", ".JPG", ".apng", ".pnm"])
+def test_suffixes_that_other_tools_read_are_taken(cfg, folder, suffix):
+    buffer = io.BytesIO()
+    Image.fromarray(PICTURE).save(buffer, Image.registered_extensions()[suffix.lower()])
+    (folder / f"train/cat/9{suffix}").write_bytes(buffer.getvalue())
+    assert load_data(cfg).train.labels.tolist() == [0] * 4 + [1] * 3
+
+
+@pytest.mark.parametrize("name", ["a.heic", "a.jxl", "a.svg", "a.eps", "a.txt", "README"])
+def test_other_suffixes_are_left_out_with_a_word(cfg, folder, caplog, name):
+    (folder / "train/cat" / name).touch()
+    assert len(load_data(cfg).train) == 6
+    assert "1 with another suffix: 1 " + (Path(name).suffix or "none") in said(caplog)
+
+
+def test_an_image_beside_the_class_folders_is_left_out_with_a_word(cfg, folder, caplog):
+    put(folder / "train/loose.png")
+    assert len(load_data(cfg).train) == 6
+    assert "train/loose.png" in said(caplog)
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [("jpeg", {"quality": 100, "subsampling": 0}), ("png", {}), ("webp", {"lossless": True}), ("tiff", {})],
+)
+@pytest.mark.parametrize(("orientation", "stored"), [(3, "ROTATE_180"), (6, "ROTATE_90"), (5, "TRANSPOSE")])
+def test_exif_orientation_is_heeded(cfg, folder, form, options, orientation, stored):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (folder / "train/cat/0.png").unlink()
+    turned = Image.fromarray(PICTURE).transpose(Image.Transpose[stored])
+    turned.save(folder / f"train/cat/0.{form}", exif=exif, **options)
+    for size in (None, 12):
+        found = load_data(replace(cfg, image_size=size)).train.images[0].numpy().transpose(1, 2, 0)
+        assert np.abs(found.astype(int) - PICTURE).mean() < 8  # JPEG's loss
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 12 12\n%%EndComments\nshowpage\n"
+
+
+@pytest.mark.parametrize("form", ["EPS", "ICO", "JPEG2000", "TGA", "PCX", "SGI", "DDS"])
+def test_no_other_decoder_is_tried(cfg, folder, form, monkeypatch):
+    buffer = io.BytesIO()
+    Image.fromarray(PICTURE).save(buffer, form)
+    content = POSTSCRIPT if form == "EPS" else buffer.getvalue()
+    (folder / "train/cat/1.png").write_bytes(content)
+    Image.init()
+    monkeypatch.setitem(Image.OPEN, form, (lambda *args: pytest.fail(f"{form} was tried"), None))
+    for size in (None, 12):
+        refused(replace(cfg, image_size=size), "1.png", "none of the formats")
+
+
+@pytest.mark.parametrize(("form", "name"), [("JPEG", "0.png"), ("PNG", "0.jpg"), ("GIF", "0.jpeg"), ("WEBP", "0.bmp")])
+def test_a_format_of_the_list_under_another_suffix_is_taken(cfg, folder, form, name):
+    (folder / "train/cat/0.png").unlink()
+    buffer = io.BytesIO()
+    Image.fromarray(PICTURE).save(buffer, form)
+    (folder / "train/cat" / name).write_bytes(buffer.getvalue())
+    assert len(load_data(cfg).train) == 6
+
+
+def test_what_pillow_warns_of_is_said_once_with_the_name(cfg, folder, caplog, recwarn, capfd):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.fromarray(PICTURE).save(buffer, "JPEG", exif=exif)
+    broken = buffer.getvalue().replace(b"MM\0*", b"MM\0*\xff\xff\xff")
+    for name in ("0.jpg", "1.jpg"):
+        (folder / "train/cat" / name).write_bytes(broken)
+    assert len(load_data(cfg).train) == 8
+    remarks = [record.getMessage() for record in caplog.records if "Pillow" in record.getMessage()]
+    assert len(remarks) == 1 and "2 of them" in remarks[0] and "cat/0.jpg (Corrupt EXIF data" in remarks[0]
+    assert not recwarn.list and capfd.readouterr() == ("", "")
+
+
+def test_all_that_cannot_be_used_is_named_at_once(cfg, folder, caplog):
+    caplog.set_level(logging.INFO)
+    bad = [folder / "train/cat/a.png", folder / "train/dog/b.jpg", folder / "test/cat/c.png", folder / "test/dog/d.gif"]
+    for path in bad:
+        path.write_bytes(b"not an image")
+    (folder / "test/dog/lost").symlink_to("/no/such/disk")
+    message = refused(cfg, "5 images", str(bad[0]), str(bad[1]), "Repair, convert or remove")
+    assert len(message.splitlines()) == 5
+    assert all(str(path) in caplog.text for path in (*bad, folder / "test/dog/lost"))
+
+
+def test_a_folder_that_cannot_be_read_is_refused_by_its_name(cfg, folder, monkeypatch):
+    """Its images would be missed without a word."""
+    scandir = os.scandir
+
+    def closed(path="."):
+        if os.fspath(path).endswith("cat/deep"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    put(folder / "train/cat/deep/0.png")
+    monkeypatch.setattr(os, "scandir", closed)
+    refused(cfg, str(folder / "train/cat/deep"), "cannot be read: Permission denied")
+
+
+def test_plain_folders_are_listed_as_torchvision_does(cfg, folder, monkeypatch):
+    from torchvision.datasets import ImageFolder
+
+    from revtrain.data.imagefiles import list_images
+
+    for name in (
+        "train/cat/b/2.png",
+        "train/cat/b/1/9.png",
+        "train/cat/b.1/0.png",
+        "train/cat/A.PNG",
+        "train/dog/Z/0.bmp",
+    ):
+        put(folder / name)
+    listing, theirs = list_images(folder / "train", by_class=True), ImageFolder(folder / "train")
+    assert list(zip(listing.images, listing.labels, strict=True)) == theirs.samples
+    assert listing.classes == theirs.classes
 
 
 def test_real_images(tmp_path):

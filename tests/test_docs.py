@@ -31,10 +31,11 @@ from torch import nn
 from revtrain.conf import compose
 from revtrain.config import all_keys, read
 from revtrain.core.chain import InvertibleChain
-from revtrain.core.pieces import set_chunk_mib
 from revtrain.errors import RevtrainError
+from revtrain.kernels.pieces import set_chunk_mib
 from revtrain.models import architectures
 from revtrain.numerics.verify import verify
+from revtrain.runs.schema import RESULT_KEYS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -526,11 +527,13 @@ def usable(assignment: str) -> bool:
 
 def unknown(span: str, own: frozenset[str] = frozenset()) -> list[str]:
     """What of some code in prose does not exist. `own`: words that the page's own examples define."""
-    keys, groups = all_keys(), {"experiment", "scale", "arch", "data"}
+    keys, groups = all_keys(), {"experiment", "scale", "size", "recipe", "arch", "data"}
     missing = []
     for word in span.split():
         if "/" in word and "::" not in word and re.search(r"\.\w+$|/$|\*", word):
             continue  # a path: a test of its own
+        if word in keys or word in RESULT_KEYS:
+            continue
         key, equals, value = word.partition("=")
         if equals and (key in keys or key in groups):
             certain = value and not re.search(r"RUN|FOLDER|[|\"',]", value)

@@ -15,7 +15,7 @@ from revtrain.conf import compose
 from revtrain.errors import RevtrainError
 from revtrain.models import build_model
 from revtrain.numerics.snr import probe_snr
-from revtrain.planning.predict import predict_step_memory
+from revtrain.planning.predict import StepPredictor, predict_step_memory
 from revtrain.runs.dashboard import FIGURES
 from revtrain.runs.writer import LINE_KEYS, RunWriter
 
@@ -74,9 +74,9 @@ def test_the_profile_of_a_real_probe_rises_towards_the_output(arch):
 
 @needs_matplotlib
 def test_the_timeline_shows_the_peak_that_was_measured():
-    memory = predict_step_memory(compose([*TINY]), 10, 32, 16)
-    timeline = memory.timeline
-    assert max(timeline.live_bytes) == memory.peak_bytes
+    step = StepPredictor(compose([*TINY]), 10, 32, quick=False)(16)
+    timeline = step.timeline
+    assert max(timeline.live_bytes) == step.peak
     assert list(timeline.ends) == ["forward", "backward", "optimizer"]
     assert (
         0
@@ -85,9 +85,9 @@ def test_the_timeline_shows_the_peak_that_was_measured():
         < timeline.ends["optimizer"]
         == len(timeline.live_bytes)
     )
-    assert timeline.always_bytes == memory.parameter_bytes + memory.optimizer_bytes
+    assert timeline.always_bytes == step.parameters + step.optimizer + step.buffers
     axes = figures.memory_timeline_figure(timeline.live_bytes, timeline.ends, timeline.always_bytes).axes[0]
-    assert max(axes.lines[0].get_ydata()) == pytest.approx(memory.peak_bytes / 2**20)
+    assert max(axes.lines[0].get_ydata()) == pytest.approx(step.peak / 2**20)
     assert "in the backward pass" in texts(axes) and "MiB" in axes.get_ylabel()
 
 

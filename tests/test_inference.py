@@ -266,7 +266,7 @@ def test_what_cannot_be_evaluated_is_refused(trained_run, image_folder, tmp_path
     for words, text in (
         ([str(tmp_path / "missing")], "there is no such file"),
         ([str(empty)], "there is no such file"),
-        ([str(folder), "--images", str(empty)], "holds no images"),
+        ([str(folder), "--images", str(empty)], "has no images"),
         ([str(folder), "--images", str(tmp_path / "missing")], "is no folder"),
         ([str(folder), "--data", str(empty)], "has no images"),
         ([str(folder), "--data", str(tmp_path / "missing")], "There is no folder"),

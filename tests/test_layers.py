@@ -10,8 +10,9 @@ from cases import LAYERS, compose, ids
 
 from revtrain.core.chain import InvertibleChain
 from revtrain.core.gradients import Gradients
-from revtrain.core.pieces import batch_pieces, few_rounds, join, rounds, set_chunk_mib
 from revtrain.errors import RevtrainError
+from revtrain.kernels.norm_activation import pack_signs, unpack_signs
+from revtrain.kernels.pieces import batch_pieces, few_rounds, join, rounds, set_chunk_mib
 from revtrain.layers import (
     AdditiveCoupling,
     BatchPooling,
@@ -23,7 +24,6 @@ from revtrain.layers import (
     check_pooling,
     merge_sub_images,
 )
-from revtrain.layers.activation import _pack, _unpack
 from revtrain.models import build_model
 from revtrain.optim import make_optimizer
 
@@ -119,6 +119,16 @@ def test_gradcheck_through_the_chain(case):
     chain = InvertibleChain([layer]) if not isinstance(layer, InvertibleChain) else layer
     x = x[:3].clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda x, *_: chain(x), (x, *chain.parameters()), fast_mode=True, atol=1e-5)
+
+
+def test_kept_signs_give_the_gradient_of_autograd_at_zero():
+    """torch multiplies by n there; a value is exactly its channel's mean now and then."""
+    layer = InvertibleLeakyReLU(0.25)
+    x = torch.tensor([-4.0, 0.0, -0.0, 3.0])
+    leaf = x.clone().requires_grad_()
+    layer(leaf).sum().backward()
+    y, saved = layer.recompute_for_backward_(x.clone(), None)
+    assert torch.equal(layer.backward_(y, torch.ones(4), saved, Gradients([]))[1], leaf.grad)
 
 
 def test_leakyrelu_means_n_times_x():
@@ -291,9 +301,9 @@ def plain_module():
 def test_packed_signs_come_back(count):
     """Eight signs a byte: what hybrid keeps while one block is walked back."""
     bits = torch.rand(count, generator=torch.Generator().manual_seed(count)) < 0.5
-    packed = _pack(bits)
+    packed = pack_signs(torch.where(bits, -1.0, 1.0))
     assert packed.numel() == -(-count // 8)
-    assert torch.equal(_unpack(packed, count), bits)
+    assert torch.equal(unpack_signs(packed, count), bits)
 
 
 def test_walking_back_uses_the_true_signs():

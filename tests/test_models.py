@@ -9,11 +9,15 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from cases import ARCHS, INVERTIBLE_TRUNKS, REVERSIBLE, compose, ids
+from torch import nn
 
 import revtrain.conf
 from revtrain.core.chain import InvertibleChain
 from revtrain.errors import RevtrainError
-from revtrain.models import architectures, build_model, spread_depth
+from revtrain.layers import AdditiveCoupling
+from revtrain.models import analytic_memory, architectures, build_model, spread_depth
+from revtrain.models.common import StridedBlock
+from revtrain.planning.plan import plan
 from revtrain.planning.predict import predict_step_memory
 
 ROOT = Path(revtrain.__file__).parent
@@ -116,12 +120,12 @@ def test_invert_equals_store_at_the_default_size_in_float64(case):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("arch", ["revnet", "irevnet", "hybrid", "chunked"])
 def test_invert_equals_store_in_float32(arch, seed):
-    """At most 2e-3 per parameter, batch 64. One ReLU kink crossed in a smaller batch alone can exceed it."""
+    """At most 2e-4 per parameter, batch 64. One ReLU kink crossed can exceed it; there is none here."""
     inverting, storing = build_twins(compose(f"arch={arch}", "width=16"), torch.float32, seed)
     for model in (inverting, storing):
         train_step(model, torch.float32, size=64)
     errors = relative_errors(inverting, storing)
-    assert max(errors.values()) <= 2e-3, max(errors.items(), key=lambda e: e[1])
+    assert max(errors.values()) <= 2e-4, max(errors.items(), key=lambda e: e[1])
 
 
 @pytest.mark.parametrize("pooling", ["[channel,batch]", "[batch,channel]", "[batch,batch]", "[channel]", "[]"])
@@ -198,6 +202,50 @@ def test_revnet_has_about_as_many_parameters_as_resnet18():
     assert 0.9 < ours / resnet < 1.1
 
 
+def test_revnet_of_gomez_has_their_layers_and_parameters():
+    """RevNet-38: 38 layers with weights, 0.46 million parameters in their table."""
+    model = build_model(compose("arch=revnet_gomez"))
+    convolutions = [each for each in model.modules() if isinstance(each, nn.Conv2d)]
+    assert len(convolutions) + 1 == 38
+    units = [(32, 32)] * 3 + [(32, 64)] + [(64, 64)] * 2 + [(64, 112)] + [(112, 112)] * 2
+    weights = 9 * 3 * 32 + sum(9 * (before + 3 * after) * after // 4 for before, after in units)
+    norms = 2 * 32 + sum(before + 3 * after for before, after in units) - 32 + 2 * 112  # no BN before the first F
+    assert sum(p.numel() for p in model.parameters()) == weights + norms + 113 * 10
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == 0.46
+
+
+def test_the_strided_block_of_gomez():
+    torch.manual_seed(0)
+    block, x = StridedBlock(4, 10).double(), torch.randn(3, 4, 6, 6, dtype=torch.float64)
+    x1, x2 = x[:, :2], x[:, 2:]
+
+    def shortcut(part):
+        means = part.unfold(2, 2, 2).unfold(3, 2, 2).mean((4, 5))
+        return torch.cat([torch.zeros(3, 1, 3, 3), means, torch.zeros(3, 2, 3, 3)], dim=1)
+
+    y1 = shortcut(x1) + block.f(x2)
+    torch.testing.assert_close(block(x), torch.cat([y1, shortcut(x2) + block.g(y1)], dim=1))
+
+
+def test_revnet_of_gomez_inverts_what_it_stores():
+    inverting, storing = build_twins(compose("arch=revnet_gomez", "stream=plain"))
+    for model in (inverting, storing):
+        train_step(model, torch.float64, size=4)
+    assert max(relative_errors(inverting, storing).values()) < 1e-9
+    for p, q in zip(inverting.buffers(), storing.buffers(), strict=True):
+        torch.testing.assert_close(p, q)
+    blocks = [m for m in inverting.modules() if isinstance(m, AdditiveCoupling)]
+    assert len(blocks) == 7, "all but the two that have a stride"
+
+
+def test_revnet_of_gomez_is_planned_without_a_closed_form():
+    cfg = compose("arch=revnet_gomez", "batch=64", "device=cpu")
+    with pytest.raises(RevtrainError, match="no closed form"):
+        analytic_memory(cfg)
+    inverted, stored = plan(cfg), plan(compose("arch=revnet_gomez", "batch=64", "device=cpu", "backward=store"))
+    assert inverted.bytes_per_pixel < 0.7 * stored.bytes_per_pixel
+
+
 def test_depth_is_spread_over_the_stages():
     assert spread_depth(7, 3) == [3, 2, 2]
     assert spread_depth(2, 4) == [1, 1, 0, 0]
@@ -238,6 +286,9 @@ def test_classes_of_the_data_reach_the_head():
         (["arch=revnet", "width=7"], "width=7", "width=8"),
         (["arch=hybrid", "depth=0"], "depth=0", "1 or more"),
         (["arch=layerwise", "depth=-1"], "depth=-1", "1 or more"),
+        (["arch=revnet_gomez", "stage_channels=[64]"], "stage_channels=[64]", "even number for each pooling"),
+        (["arch=revnet_gomez", "stage_channels=[64,33]"], "stage_channels=[64, 33]", "none below"),
+        (["arch=revnet_gomez", "depth=2"], "depth=2", "depth=3 or more"),
         (["arch=resnet18", "depth=20"], "depth=20", "depth=18 or depth=34"),
         (["arch=hybrid", "pooling=[stride,channel]"], "stride", "channel, batch"),
         (["arch=revnet", "pooling=[channel]"], "channel", "stride"),

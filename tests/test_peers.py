@@ -20,7 +20,7 @@ from torch import nn
 from torchvision.models import VisionTransformer
 
 from revtrain.core.chain import InvertibleChain
-from revtrain.core.pieces import set_chunk_mib
+from revtrain.kernels.pieces import set_chunk_mib
 from revtrain.layers import AdditiveCoupling
 from revtrain.numerics.verify import verify
 

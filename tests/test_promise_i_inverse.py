@@ -23,9 +23,9 @@ from promise import (
 from torch import nn
 
 from revtrain.core.chain import InvertibleChain
-from revtrain.core.pieces import MIB, set_chunk_mib
 from revtrain.core.state_format import StateFormat
 from revtrain.errors import RevtrainError
+from revtrain.kernels.pieces import MIB, set_chunk_mib
 from revtrain.layers import (
     AdditiveCoupling,
     ChannelPooling,

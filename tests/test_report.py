@@ -23,6 +23,7 @@ from revtrain.runs.writer import LINE_KEYS, RunWriter, new_result, write_result
 
 CONFIG = OmegaConf.to_container(compose(["data=synthetic", "depth=4"]), resolve=True)
 GRADIENTS = {"minimum_cosine": 0.99, "maximum_relative_error": 0.1, "parameters": {}}
+HALVES = {"correlation": 0.1, "effective_rank": 9.0, "channels": 16, "layers": {"trunk/0": 0.1}}
 SNR = {"minimum": 90.0, "minimum_layer": "trunk/1", "layers": {"trunk/0": 100.0, "trunk/1": 90.0}}
 
 
@@ -41,9 +42,9 @@ def trained(epoch, accuracy, **measured):
 @pytest.fixture
 def finished(tmp_path):
     writer = RunWriter(tmp_path, CONFIG, ["depth=4"])
-    writer.result.update(params=1234, bytes_per_pixel=352.0)
+    writer.result.update(params=1234, bytes_per_pixel=352.0, memory_bytes={"peak": 2**22}, device={"name": "cuda:0"})
     writer.start([])
-    writer.epoch(line(0, step=0, snr_db=SNR))
+    writer.epoch(line(0, step=0, snr_db=SNR, halves=HALVES))
     writer.epoch(trained(1, 0.7, peak_vram_mib={"allocated": 20.0, "reserved": 32.0}))
     writer.epoch(trained(2, 0.6, snr_db=SNR, gradients=GRADIENTS, peak_vram_mib={"allocated": 18.0, "reserved": 40.0}))
     writer.finish("completed")
@@ -55,7 +56,7 @@ def test_result_sums_up_the_lines(finished, tmp_path):
     assert result["status"] == "completed" and result["error"] is None
     assert (result["test_accuracy"], result["best_test_accuracy"], result["epochs"]) == (0.6, 0.7, 2)
     assert (result["train_seconds"], result["images_per_second"]) == (4.0, 50.0)
-    assert result["snr_db"] == SNR
+    assert result["snr_db"] == SNR and result["halves"] == HALVES
     assert result["peak_vram_mib"] == {"allocated": 20.0, "reserved": 40.0}
     assert result["config"] == CONFIG and result["overrides"] == ["depth=4"]
     assert {"python", "torch", "torchvision", "revtrain"} <= result["versions"].keys()
@@ -72,7 +73,8 @@ def test_tensorboard_tags_are_those_of_the_contract(finished, tmp_path):
     assert set(events.Tags()["scalars"]) == {
         "accuracy/train", "accuracy/test", "loss/train", "loss/test", "lr", "snr_db/min", "snr_db/trunk/0",
         "snr_db/trunk/1", "gradients/minimum_cosine", "gradients/maximum_relative_error", "memory/peak_vram_mib",
-        "memory/bytes_per_pixel", "speed/images_per_second",
+        "memory/bytes_per_pixel", "memory/live_mib", "speed/images_per_second", "halves/correlation",
+        "halves/effective_rank",
     }  # fmt: skip
     assert [(each.step, round(each.value, 6)) for each in events.Scalars("accuracy/test")] == [
         (1, 0.7),
@@ -89,9 +91,22 @@ def test_hyper_parameters_belong_to_the_run_itself(finished, tmp_path):
     assert start["depth"].number_value == 4 and start["slope"].number_value == 0.2
     metrics = _plugin_data(events, "_hparams_/experiment").experiment.metric_infos
     names = {each.name.tag for each in metrics}
-    assert names == {"accuracy/test", "snr_db/min", "memory/bytes_per_pixel"}
+    assert names == {"accuracy/test", "snr_db/min", "memory/bytes_per_pixel", "memory/peak_vram_mib"}
     assert names <= set(events.Tags()["scalars"])
     assert "_hparams_/session_end_info" in events.SummaryMetadata_tags()
+
+
+def test_without_a_gpu_live_bytes_stand_where_its_peak_would(tmp_path):
+    writer = RunWriter(tmp_path, CONFIG, [])
+    writer.result["memory_bytes"] = {"peak": 3 * 2**20}
+    writer.result["device"] = {"name": "cpu"}
+    writer.start([])
+    writer.epoch(trained(1, 0.5))
+    writer.finish("completed")
+    events = EventAccumulator(str(tmp_path)).Reload()
+    metrics = _plugin_data(events, "_hparams_/experiment").experiment.metric_infos
+    assert [each.name.tag for each in metrics][-1] == "memory/live_mib"
+    assert [each.value for each in events.Scalars("memory/live_mib")] == [3.0]
 
 
 def _plugin_data(events, tag):
@@ -113,12 +128,13 @@ def test_the_dashboard_opens_on_a_layout(finished, tmp_path):
         "accuracy/test",
         "snr_db/min",
         "memory/bytes_per_pixel",
+        "memory/peak_vram_mib",
         "speed/images_per_second",
     ]
     patterns = [re.compile(tag) for chart in [*first.chart, *more.chart] for tag in chart.multiline.tag]
     for tag in events.Tags()["scalars"]:  # each curve has its one chart
         assert sum(pattern.match(tag) is not None for pattern in patterns) == 1, tag
-    assert len(patterns) == 12
+    assert len(patterns) == 17
 
 
 def test_what_is_not_finite_becomes_null(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -73,3 +74,77 @@ def test_the_gradient_of_a_whole_training_set_equals_the_sum_of_batches(capsys):
 def test_images_of_figures_10_and_12_are_drawn_at_random():
     images, labels = load("network_figures").images_of(["data=synthetic", "data.train_images=40"], 16)
     assert images.shape == (16, 3, 32, 32) and len(torch.unique(labels)) > 2
+
+
+def test_what_is_checked_on_a_gpu_is_counted_without_one(tmp_path, monkeypatch, capsys):
+    script, output = load("gpu_check"), tmp_path / "deep" / "check.json"
+    words = ["--device=cpu", "--archs=chunked", f"--output={output}", "depth=1", "pooling=[]", "width=4"]
+    assert script.main([*words, "--parts=operators,gradients,memory,speed,launches,rivals,limit"]) == 0
+    found = json.loads(output.read_text())
+    parts = {part["name"]: part["rows"] for part in found["parts"]}
+    assert found["batch"] == 4 and found["versions"]["torch"] == torch.__version__
+    assert len(parts["operators"]) == 10 and all(row["same bits"] for row in parts["operators"])
+    assert [row["logits"] for row in parts["gradients"]] == ["same bits", "same bits"]
+    for row in parts["memory"]:
+        assert row["live MiB"] == pytest.approx(row["planned MiB"], rel=0.1) and "allocated MiB" not in row
+    assert all(row["loss is finite"] for row in parts["speed"] if row["mode"] != "store, compiled")
+    assert all(row["counted operations"] > 10 and "kernels" not in row for row in parts["launches"])
+    assert {"ms a step", "allocated MiB"}.isdisjoint(parts["rivals"][0]) and parts["rivals"][0]["live MiB"] > 0
+    assert [(row["status"], row["batch"]) for row in parts["limit"]] == [("completed", 4)]
+    printed = capsys.readouterr().out
+    assert "Without CUDA" in printed and "rivals: ok" in printed
+
+    def broken(*args):
+        raise OSError("no such thing")
+
+    # a part that fails, and a case that fails, leave the others alone
+    monkeypatch.setitem(script.PARTS, "operators", broken)
+    monkeypatch.setattr(script, "plan_and_step", broken)
+    assert script.main([*words, "--parts=operators,memory,gradients"]) == 1
+    found = {part["name"]: part for part in json.loads(output.read_text())["parts"]}
+    assert found["operators"]["status"] == "failed: OSError: no such thing"
+    assert found["memory"]["status"] == "4 of 4 failed" and found["gradients"]["status"] == "ok"
+    assert script.main([*words, "--parts=gradients", "--budget=0"]) == 0
+    assert "left out: the time is up" in capsys.readouterr().out
+
+
+def test_a_search_draws_the_front_with_resnet18_in_it_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    script, started = load("search"), []
+    start = script.subprocess.Popen
+
+    def noted(command, **how):
+        started.append(command)
+        return start(command, **how)
+
+    monkeypatch.setattr(script.subprocess, "Popen", noted)
+    words = ["--archs=hybrid", "--recipes=paper", "--epochs=1", "--rungs=1", "--runs-at-once=2", f"--out={tmp_path}"]
+    words += ["data=synthetic", "data.train_images=32", "data.test_images=10", "batch=16", "device=cpu"]
+    words += ["data.train_limit=null", "data.test_limit=null"]
+    assert script.main([*words, "--budget=0"]) == 1, "no time, no result"
+    assert "Nothing was completed" in capsys.readouterr().out and not started
+    assert script.main(words) == 0
+    assert len(started) == 2
+    lines = (tmp_path / "search.csv").read_text().splitlines()
+    assert lines[0].startswith("# command: python scripts/search.py --archs=hybrid")
+    rows = {row["arch"]: row for row in csv.DictReader(line for line in lines if not line.startswith("#"))}
+    assert rows.keys() == {"resnet18", "hybrid"} and rows["hybrid"]["front"] == "yes"
+    assert float(rows["hybrid"]["bytes/px"]) < 0.5 * float(rows["resnet18"]["bytes/px"])
+    assert {row["settings"] for row in rows.values()} == {"size=180k recipe=paper"}
+    assert (tmp_path / "search.png").stat().st_size > 10_000
+    (tmp_path / "search.csv").unlink()
+    assert script.main(words) == 0
+    assert len(started) == 2 and (tmp_path / "search.csv").read_text().splitlines() == lines, "nothing was left to do"
+
+
+def test_a_search_keeps_the_better_half_and_resnet18():
+    script = load("search")
+
+    def candidate(arch, cost, accuracy):
+        found = object.__new__(script.Candidate)
+        found.arch, found.bytes_per_pixel, found.accuracies, found.own = arch, cost, {2: [accuracy]}, (arch, "x")
+        return found
+
+    far, resnet = candidate("far", 900, 0.5), candidate("resnet18", 4000, 0.1)
+    cheap, good, dominated = candidate("cheap", 100, 0.3), candidate("good", 500, 0.6), candidate("worse", 510, 0.55)
+    kept = script.better_half([far, dominated, resnet, good, cheap], 2)
+    assert kept == [resnet, cheap, good]

@@ -28,7 +28,8 @@ EPOCH = re.compile(r"revtrain\.training\.\w+: epoch +(\d+)/")
 
 def jobs(folder="outputs/sweeps"):
     """The folders of all jobs, by number."""
-    return [job for sweep in Path(folder).iterdir() for job in sweeps.jobs_in(sweep)]
+    found = [each.parent for each in Path(folder).glob("*/*/.hydra")]
+    return sorted(found, key=lambda job: (job.parent, int(job.name.split("-")[0])))
 
 
 def content(job):
@@ -57,11 +58,19 @@ def test_the_fingerprint_counts_what_decides_a_result():
 
     plain = mark("depth=4")
     assert re.fullmatch("[0-9a-f]{8}", plain)
-    for same in ("device=cpu", "data.root=elsewhere", "resume=a/run", "data.cache=there", "slope=0.20"):
+    for same in ("device=cpu", "data.root=elsewhere", "data.cache=there", "slope=0.20"):
         assert mark("depth=4", same) == plain, same
     for same in ("epsilon_i=0.1", "stream=auto", "data.train_limit=null"):  # defaults
         assert mark("depth=4", same) == plain, same
-    for other in ("depth=5", "seed=1", "epochs=3", "plan=true", "data.augment.pad=2", "data.train_limit=100"):
+    for other in (
+        "depth=5",
+        "resume=a/run",
+        "seed=1",
+        "epochs=3",
+        "plan=true",
+        "data.augment.pad=2",
+        "data.train_limit=100",
+    ):
         assert mark("depth=4", other) != plain, other
     assert mark("device=cpu", swept=["device"]) != mark("device=cuda", swept=["device"])
     folder = ("data=imagefolder", "data.root=a"), ("data=imagefolder", "data.root=b")
@@ -237,12 +246,13 @@ def test_jobs_share_out_several_gpus(tmp_path, monkeypatch):
 
 
 def test_a_killed_job_counts_as_cut_off(tmp_path):
-    sweeps.note_death(tmp_path, -signal.SIGKILL, {"arch": "hybrid"}, [])
+    job = sweeps.Job(0, tmp_path, {"arch": "hybrid"}, tmp_path, tmp_path / "ledger")
+    job.note_death(-signal.SIGKILL, {"arch": "hybrid"}, [])
     assert sweeps.outcome(read_result(tmp_path)) == "cut off: its process was ended by SIGKILL (out of memory?)"
-    assert sweeps.ended(tmp_path) is None
+    assert job.done() is None
     done = json.dumps(read_result(tmp_path) | {"status": "completed"}).encode()
     write_atomic(tmp_path / "result.json", done)
-    sweeps.note_death(tmp_path, -signal.SIGKILL, {}, [])
+    job.note_death(-signal.SIGKILL, {}, [])
     assert (tmp_path / "result.json").read_bytes() == done
 
 

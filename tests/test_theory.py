@@ -158,7 +158,7 @@ def test_the_unbiased_variance_caps_the_snr(count):
     layer = batchnorm(torch.ones(4, dtype=torch.float64))
     x = x - x.mean((0, 2, 3), keepdim=True)
     y, saved = layer.forward_(x.clone())
-    unbiased = saved._replace(deviation=(x.var((0, 2, 3), keepdim=True) + layer.eps).sqrt())
+    unbiased = saved._replace(deviation=(x.var((0, 2, 3)) + layer.eps).sqrt())
     with torch.no_grad():
         error = layer.inverse(y, unbiased) - x
     measured = (x.square().sum() / error.square().sum()).item()

@@ -103,16 +103,16 @@ def row(cfg: Any, args: argparse.Namespace) -> dict[str, Any]:
 # ---- the paper's equations: which of its symbols, in words, and what it is of the closed form --------------
 EQUATIONS: list[tuple[str, str, Callable[[MemoryModel], float]]] = [
     (
-        "6, 7, 9, 12, 30",
+        "6, 7, 10, 12, 30",
         "M_z, kept over the pass (global bottleneck), images included",
         lambda memory: memory.of(kind="activation", bottleneck="global"),
     ),
     (
-        "10, 11, 12, 4.2",
+        "11, 12, 4.2",
         "M_z, alive inside one module (local bottleneck)",
         lambda memory: memory.of(kind="activation") - memory.of(kind="activation", bottleneck="global"),
     ),
-    ("10-13, 30", "M_g, gradients of activations at the peak", lambda memory: memory.of(kind="gradient")),
+    ("9, 12, 13, 30", "M_g, gradients of activations at the peak", lambda memory: memory.of(kind="gradient")),
     ("5", "M_theta + M_z + M_g per pixel, analytic", lambda memory: memory.bytes_per_pixel),
 ]
 

@@ -46,7 +46,7 @@ CHANCE = 10.0  # %, of ten classes: where a run that diverged is drawn
 COLOURS = ("#08519c", "#d95f02", "#41ab5d", "#7b3294")  # differ in grey, too, and for the colour-blind
 # curves of Figure 10: label, arch, what is changed
 LAYERWISE = [
-    ("as the paper has it", "layerwise_paper", ()),
+    ("as the paper has it", "layerwise_no_epsilon", ()),
     ("ours: bounded convolutions, gains of mixed signs", "layerwise", ()),
     ("the same, all gains negative", "layerwise", ("norm_sign=negative",)),
 ]
@@ -127,6 +127,13 @@ def draw_layers(figure: int, rows: list[dict[str, Any]], depth: int) -> Figure:
 # ---------------------------------------------------------------- Figures 11 and 13: over depth and slope
 
 
+def _variant(config: dict[str, Any]) -> str:
+    """Whose choices a layer-wise network follows; of all others there are ours only."""
+    if config["arch"] != "layerwise" or config.get("max_gain") is not None:
+        return "ours"
+    return "the paper's choices" if config.get("epsilon_i") else "the paper's choices, no epsilon_i"
+
+
 def read_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
     """What the figures need of every run below `folders` that was completed, or ended because it diverged."""
     found, problems = gather(folders)
@@ -140,12 +147,11 @@ def read_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
             print(f"left out: {run.path} ({run.status})")
             continue
         config = run.config
-        papers = config.get("epsilon_i") == 0 and config.get("max_gain") is None
         probes = [line for line in run.history if line.snr_minimum_db is not None]
         ends = [("before", probes[0], run.first_snr_db), ("after", probes[-1], run.snr_db)] if probes else []
         runs.append({
             "experiment": config["experiment"], "depth": config["depth"], "slope": config["slope"],
-            "variant": "the paper's choices" if papers else "ours", "backward": config["backward"],
+            "variant": _variant(config), "backward": config["backward"],
             "seed": config["seed"], "diverged": diverged,
             "accuracy": None if diverged else 100 * run.test_accuracy,
             **{f"{name}_{when}": value

@@ -75,7 +75,7 @@ def test_macs_of_a_convolution_and_a_linear_layer():
 
 
 def test_rebuilding_costs_the_passes_that_it_is_said_to_cost():
-    """Forward and backward are three passes; RevNet, layer-wise and chunked make one more, hybrid two."""
+    """Forward and backward are three passes; RevNet, layer-wise and chunked make one more, hybrid one and a half."""
     passes = {}
     for arch in ("resnet18", "layerwise", "chunked", "hybrid"):
         macs = [
@@ -85,7 +85,7 @@ def test_rebuilding_costs_the_passes_that_it_is_said_to_cost():
         passes[arch] = 3 * macs[0] / macs[1]
     assert passes["resnet18"] == 3
     assert passes["layerwise"] == pytest.approx(4, abs=0.1) == passes["chunked"]
-    assert passes["hybrid"] == pytest.approx(5, abs=0.1)
+    assert passes["hybrid"] == pytest.approx(4.5, abs=0.1)
 
 
 def test_resnet18_has_the_macs_of_the_literature():

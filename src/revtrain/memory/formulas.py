@@ -197,6 +197,14 @@ def scratch_of_convolution(symbols: Symbols, reads: int, channels: int) -> float
     return values * (reads + symbols.cast(reads) + a + widened) + FLOAT * convolution(channels, channels)
 
 
+def scratch_of_last_convolution(symbols: Symbols, reads: int, channels: int) -> float:
+    """The same, differentiated from its own input: what F and G read stays alive while the second sum is taken off."""
+    values = symbols.chunk_bytes / reads
+    leaves = 2 * values * (reads + symbols.cast(reads))
+    taken_off = values * reads + scratch_of_sum(symbols, values, reads)
+    return leaves + max(taken_off, scratch_of_convolution(symbols, reads, channels))
+
+
 # ---------------------------------------------------------------- under ordinary autograd
 
 

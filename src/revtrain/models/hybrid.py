@@ -47,6 +47,7 @@ from revtrain.memory.formulas import (
     local,
     scratch,
     scratch_of_convolution,
+    scratch_of_last_convolution,
     scratch_of_sum,
     statistics_bytes,
     sum_of_coupling,
@@ -148,7 +149,8 @@ def memory(network: Network[Settings], images: Images) -> list[Module]:
             inside.append(local("inside F: signs of both LeakyReLUs, a bit each", equation, "h / 4", h / 4))
         of_inside = gradient("inside F: gradient of its state", equation, "h g", h * g)
         taken_off = scratch(scratch_of_sum(symbols, symbols.chunk_bytes / d, d))
-        at_convolution = scratch(scratch_of_convolution(symbols, d, quarter))
+        of_convolution = scratch_of_last_convolution if network.own.recompute_leading else scratch_of_convolution
+        at_convolution = scratch(of_convolution(symbols, d, quarter))
         return Unit(
             parameters=functions * (2 * convolution(quarter, quarter) + 2 * half),
             buffer_bytes=statistics_bytes(functions * half, counters=symbols.on_grid)

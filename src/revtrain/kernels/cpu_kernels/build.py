@@ -101,7 +101,7 @@ def _folder() -> Iterator[Path]:
 
 def _fingerprint() -> str:
     """Of all that the compiled code depends on: a home directory may be shared by unlike machines."""
-    cpu = platform.machine() + platform.processor()
+    cpu = platform.machine()  # platform.processor() would start a program: uname
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu += "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))

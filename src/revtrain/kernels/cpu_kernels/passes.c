@@ -11,6 +11,7 @@
 #include <string.h>
 
 #define N 8             /* values of a vector, and pixels or channels of a block that is turned */
+#define LINE 16         /* values of a line of the cache */
 #define ADDED 2048      /* values that are added in float32 before they are added in float64 */
 #define WORTH (1 << 16) /* values: with fewer of them threads cost more than they save */
 
@@ -24,6 +25,9 @@ typedef int32_t mask __attribute__((vector_size(4 * N)));
 #define PICK(a, b, ...) __builtin_shuffle(a, b, (mask){__VA_ARGS__})
 #endif
 #define EACH for (int k = 0; k < N; k++)
+#define INLINE inline __attribute__((always_inline))
+#define OWN __attribute__((noinline))
+#define UNROLLED _Pragma("GCC unroll 8")
 #define PARALLEL(work) num_threads(threads) if (threads > 1 && (work) > WORTH)
 
 static whole least(whole a, whole b) { return a < b ? a : b; }
@@ -79,71 +83,153 @@ static inline void transpose(vector r[N]) {
   }
 }
 
+/* four channels: eight pixels of each become four vectors of two pixels */
+static inline void turn_four(vector r[N]) {
+  vector low = PICK(r[0], r[1], 0, 8, 1, 9, 2, 10, 3, 11), low2 = PICK(r[2], r[3], 0, 8, 1, 9, 2, 10, 3, 11);
+  vector high = PICK(r[0], r[1], 4, 12, 5, 13, 6, 14, 7, 15), high2 = PICK(r[2], r[3], 4, 12, 5, 13, 6, 14, 7, 15);
+  r[0] = PICK(low, low2, 0, 1, 8, 9, 2, 3, 10, 11);
+  r[1] = PICK(low, low2, 4, 5, 12, 13, 6, 7, 14, 15);
+  r[2] = PICK(high, high2, 0, 1, 8, 9, 2, 3, 10, 11);
+  r[3] = PICK(high, high2, 4, 5, 12, 13, 6, 7, 14, 15);
+}
+
+static inline void turn_four_back(vector r[N]) {
+  vector low = PICK(r[0], r[1], 0, 4, 8, 12, 1, 5, 9, 13), low2 = PICK(r[2], r[3], 0, 4, 8, 12, 1, 5, 9, 13);
+  vector high = PICK(r[0], r[1], 2, 6, 10, 14, 3, 7, 11, 15), high2 = PICK(r[2], r[3], 2, 6, 10, 14, 3, 7, 11, 15);
+  r[0] = PICK(low, low2, 0, 1, 2, 3, 8, 9, 10, 11);
+  r[1] = PICK(low, low2, 4, 5, 6, 7, 12, 13, 14, 15);
+  r[2] = PICK(high, high2, 0, 1, 2, 3, 8, 9, 10, 11);
+  r[3] = PICK(high, high2, 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
 /* a block of a sample, channels c to c + rows, pixels s to s + n: a vector of pixels for each channel */
-static inline void fetch(vector r[N], const float *sample, int last, whole C, whole S, whole c, whole rows, whole s, whole n) {
+static INLINE void fetch(vector r[N], const float *sample, int last, whole C, whole S, whole c, whole rows, whole s, whole n) {
   if (!last) {
     for (whole i = 0; i < rows; i++) r[i] = load(sample + (c + i) * S + s, n);
-    return;
+  } else if (rows == 4 && C == 4 && n == N) {
+    UNROLLED for (whole i = 0; i < 4; i++) r[i] = load(sample + s * 4 + i * N, N);
+    turn_four_back(r);
+  } else {
+    UNROLLED EACH r[k] = k < n ? load(sample + (s + k) * C + c, rows) : all(0);
+    transpose(r);
   }
-  EACH r[k] = k < n ? load(sample + (s + k) * C + c, rows) : all(0);
-  transpose(r);
 }
 
-static inline void put(vector r[N], float *sample, int last, whole C, whole S, whole c, whole rows, whole s, whole n) {
+static INLINE void put(vector r[N], float *sample, int last, whole C, whole S, whole c, whole rows, whole s, whole n) {
   if (!last) {
     for (whole i = 0; i < rows; i++) store(sample + (c + i) * S + s, r[i], n);
-    return;
+  } else if (rows == 4 && C == 4 && n == N) {
+    turn_four(r);
+    UNROLLED for (whole i = 0; i < 4; i++) store(sample + s * 4 + i * N, r[i], N);
+  } else {
+    transpose(r);
+    UNROLLED for (whole k = 0; k < n; k++) store(sample + (s + k) * C + c, r[k], rows);
   }
-  transpose(r);
-  for (whole k = 0; k < n; k++) store(sample + (s + k) * C + c, r[k], rows);
 }
 
-#define BLOCKS(C, S)                                         \
-  for (whole c = 0; c < (C); c += N)                         \
-    for (whole s = 0, rows = least(N, (C) - c); s < (S); s += N)
+/* DO(rows, n) for each block of a sample, in squares of LINE channels and LINE pixels, so that each line of the cache, on either
+ * side, is gone through at once: rows of a power of two pixels would push each other out. Sizes of most blocks are constants,
+ * for which the compiler makes code without loops and branches. */
+#define BLOCKS(C, S, DO)                                                    \
+  for (whole lines = 0; lines < (C); lines += LINE)                         \
+    for (whole line = 0; line < (S); line += LINE)                          \
+      for (whole c = lines; c < least(lines + LINE, (C)); c += N)           \
+        for (whole s = line; s < least(line + LINE, (S)); s += N) {         \
+          whole rows = least(N, (C)-c), n = least(N, (S)-s);                \
+          if (rows == N && n == N)                                          \
+            DO(N, N);                                                       \
+          else if (rows == 4 && n == N)                                     \
+            DO(4, N);                                                       \
+          else                                                              \
+            DO(rows, n);                                                    \
+        }
+
+static INLINE void read_block(const float *x, float *u, int last, whole C, whole S, float unit, const float *scale,
+                              const float *shift, whole c, whole rows, whole s, whole n) {
+  vector r[N] = {0};
+  fetch(r, x, 0, C, S, c, rows, s, n);
+  UNROLLED for (whole i = 0; i < rows; i++) {
+    r[i] = r[i] * unit;
+    if (scale) r[i] = fused(r[i], all(scale[c + i]), all(shift[c + i]));
+  }
+  put(r, u, last, C, S, c, rows, s, n);
+}
+
+static OWN void read_sample(const float *x, whole C, whole S, float unit, const float *scale, const float *shift, float *u,
+                            int last) {
+#define LAST(rows, n) read_block(x, u, 1, C, S, unit, 0, 0, c, rows, s, n)
+#define NORMALISED(rows, n) read_block(x, u, 1, C, S, unit, scale, shift, c, rows, s, n)
+#define AS_IT_LIES(rows, n) read_block(x, u, 0, C, S, unit, scale, shift, c, rows, s, n)
+  if (last && scale) {
+    BLOCKS(C, S, NORMALISED)
+  } else if (last) {
+    BLOCKS(C, S, LAST)
+  } else if (scale || unit != 1) {
+    BLOCKS(C, S, AS_IT_LIES)
+  } else {
+    memcpy(u, x, sizeof(float) * (size_t)(C * S));
+  }
+}
 
 void revtrain_read(const float *x, whole stride, whole B, whole C, whole S, float unit, const float *scale, const float *shift,
                    float *u, int last, int threads) {
 #pragma omp parallel for PARALLEL(B * C * S)
-  for (whole b = 0; b < B; b++) BLOCKS(C, S) {
-      vector r[N] = {0};
-      whole n = least(N, S - s);
-      fetch(r, x + b * stride, 0, C, S, c, rows, s, n);
-      for (whole i = 0; i < rows; i++) {
-        r[i] = r[i] * unit;
-        if (scale) r[i] = fused(r[i], all(scale[c + i]), all(shift[c + i]));
-      }
-      put(r, u + b * C * S, last, C, S, c, rows, s, n);
+  for (whole b = 0; b < B; b++) read_sample(x + b * stride, C, S, unit, scale, shift, u + b * C * S, last);
+}
+
+typedef struct {
+  float factor, step, before, after, limit;
+} sum_rule;
+
+static INLINE void add_block(float *x, const float *u, int last, whole C, whole S, sum_rule rule, int on_grid, int exact,
+                             mask *beyond, whole c, whole rows, whole s, whole n) {
+  vector r[N] = {0};
+  mask left = {0};
+  fetch(r, u, last, C, S, c, rows, s, n);
+  UNROLLED for (whole i = 0; i < rows; i++) {
+    float *to = x + (c + i) * S + s;
+    vector v = load(to, n);
+    if (on_grid) {
+      vector scaled = r[i] * rule.before * rule.after;
+      EACH scaled[k] = rintf(scaled[k]);
+      v += scaled * rule.step;
+      left -= ~((v < rule.limit) & (v > -rule.limit));
+    } else if (exact) {
+      v += r[i] * rule.factor;
+    } else {
+      v = fused(r[i], all(rule.factor), v);
     }
+    store(to, v, n);
+  }
+  for (whole k = n; k < N; k++) left[k] = 0;
+  *beyond += left;
+}
+
+static OWN whole add_to_sample(float *x, whole C, whole S, const float *u, int last, sum_rule rule) {
+  mask beyond = {0};
+  whole all_beyond = 0;
+  int exact = rule.factor == 1 || rule.factor == -1;
+#define ON_GRID(rows, n) add_block(x, u, last, C, S, rule, 1, 0, &beyond, c, rows, s, n)
+#define EXACT(rows, n) add_block(x, u, last, C, S, rule, 0, 1, &beyond, c, rows, s, n)
+#define FUSED(rows, n) add_block(x, u, last, C, S, rule, 0, 0, &beyond, c, rows, s, n)
+  if (rule.step) {
+    BLOCKS(C, S, ON_GRID)
+  } else if (exact) {
+    BLOCKS(C, S, EXACT)
+  } else {
+    BLOCKS(C, S, FUSED)
+  }
+  EACH all_beyond += beyond[k];
+  return all_beyond;
 }
 
 /* x += factor r without a grid (step = 0); else x += step round(r before after). Returns how many left the range. */
 whole revtrain_add(float *x, whole stride, whole B, whole C, whole S, const float *u, whole u_stride, int last, float factor,
                    float step, float before, float after, float limit, int threads) {
+  sum_rule rule = {factor, step, before, after, limit};
   whole beyond = 0;
 #pragma omp parallel for reduction(+ : beyond) PARALLEL(B * C * S)
-  for (whole b = 0; b < B; b++) BLOCKS(C, S) {
-      vector r[N] = {0};
-      whole n = least(N, S - s);
-      mask left = {0};
-      fetch(r, u + b * u_stride, last, C, S, c, rows, s, n);
-      for (whole i = 0; i < rows; i++) {
-        float *to = x + b * stride + (c + i) * S + s;
-        vector v = load(to, n);
-        if (step) {
-          vector scaled = r[i] * before * after;
-          EACH scaled[k] = rintf(scaled[k]);
-          v += scaled * step;
-          left -= ~((v < limit) & (v > -limit));
-        } else if (factor == 1 || factor == -1) {
-          v += r[i] * factor;
-        } else {
-          v = fused(r[i], all(factor), v);
-        }
-        store(to, v, n);
-      }
-      EACH beyond += k < n ? left[k] : 0;
-    }
+  for (whole b = 0; b < B; b++) beyond += add_to_sample(x + b * stride, C, S, u + b * u_stride, last, rule);
   return beyond;
 }
 
@@ -172,6 +258,18 @@ void revtrain_sums(const float *x, whole stride, whole B, whole C, whole S, cons
   }
 }
 
+/* a bit for each value, the first one's the lowest */
+static inline uint8_t packed(mask m) {
+#ifdef __AVX__
+  return (uint8_t)__builtin_ia32_movmskps256((vector)m);
+#else
+  mask bits = m & (mask){1, 2, 4, 8, 16, 32, 64, 128};
+  int all_bits = 0;
+  EACH all_bits |= bits[k];
+  return (uint8_t)all_bits;
+#endif
+}
+
 /* where z was not above zero, by its signs, a bit each, or else by y */
 static inline mask below(const uint8_t *signs, vector y) {
   if (!signs) return ~(y > 0);
@@ -190,10 +288,7 @@ void revtrain_forward(float *x, whole B, whole C, whole S, const float *mean, co
       vector z = (load(row + s, S - s) - m) * f + a;
       mask low = ~(z > 0);
       if (signs) {
-        mask bits = low & (mask){1, 2, 4, 8, 16, 32, 64, 128};
-        int packed = 0;
-        EACH packed |= bits[k];
-        signs[(i * S + s) / 8] = (uint8_t)packed;
+        signs[(i * S + s) / 8] = packed(low);
       }
       store(row + s, choose(low, z * slope, z), S - s);
     }

@@ -341,34 +341,44 @@ void revtrain_undo(float *y, float *dy, const uint8_t *signs, whole B, whole C, 
   }
 }
 
+/* dx += scale du for a block; what is to be summed is added to `lanes` and `lanes_x` */
+static INLINE void gradient_block(float *dx, const float *du, int last, const float *x, whole C, whole S, const float *mean,
+                                  const float *scale, vector lanes[N], vector lanes_x[N], whole c, whole rows, whole s, whole n) {
+  vector r[N] = {0};
+  fetch(r, du, last, C, S, c, rows, s, n);
+  UNROLLED for (whole i = 0; i < rows; i++) {
+    whole at = (c + i) * S + s;
+    lanes[i] += r[i];
+    lanes_x[i] += (load(x + at, n) - mean[c + i]) * r[i];
+    store(dx + at, fused(r[i], all(scale[c + i]), load(dx + at, n)), n);
+  }
+}
+
+static OWN void norm_gradient_of_sample(float *dx, const float *du, int last, const float *x, whole C, whole S, const float *mean,
+                                        const float *scale, double *sums, double *sums_x) {
+  for (whole c = 0; c < C; c += N) {
+    whole rows = least(N, C - c);
+    double one[N] = {0}, other[N] = {0};
+    for (whole begin = 0; begin < S; begin += ADDED) {
+      vector lanes[N] = {0}, lanes_x[N] = {0};
+      for (whole s = begin; s < least(begin + ADDED, S); s += N)
+        if (rows == N && S - s >= N)
+          gradient_block(dx, du, last, x, C, S, mean, scale, lanes, lanes_x, c, N, s, N);
+        else
+          gradient_block(dx, du, last, x, C, S, mean, scale, lanes, lanes_x, c, rows, s, least(N, S - s));
+      for (whole i = 0; i < rows; i++) one[i] += sum_of(lanes[i]), other[i] += sum_of(lanes_x[i]);
+    }
+    for (whole i = 0; i < rows; i++) sums[c + i] = one[i], sums_x[c + i] = other[i];
+  }
+}
+
 /* dx += scale du; sums (2, B, C): of du and of du (x - mean) */
 void revtrain_norm_gradient(float *dx, whole d_stride, const float *du, whole u_stride, int last, const float *x, whole stride,
                             whole B, whole C, whole S, const float *mean, const float *scale, double *sums, int threads) {
 #pragma omp parallel for PARALLEL(B * C * S)
   for (whole b = 0; b < B; b++)
-    for (whole c = 0; c < C; c += N) {
-      whole rows = least(N, C - c);
-      double one[N] = {0}, other[N] = {0};
-      for (whole begin = 0; begin < S; begin += ADDED) {
-        vector lanes[N] = {0}, lanes_x[N] = {0};
-        for (whole s = begin; s < least(begin + ADDED, S); s += N) {
-          vector r[N] = {0};
-          whole n = least(N, S - s);
-          fetch(r, du + b * u_stride, last, C, S, c, rows, s, n);
-          for (whole i = 0; i < rows; i++) {
-            float *to = dx + b * d_stride + (c + i) * S + s;
-            lanes[i] += r[i];
-            lanes_x[i] += (load(x + b * stride + (c + i) * S + s, n) - mean[c + i]) * r[i];
-            store(to, fused(r[i], all(scale[c + i]), load(to, n)), n);
-          }
-        }
-        for (whole i = 0; i < rows; i++) one[i] += sum_of(lanes[i]), other[i] += sum_of(lanes_x[i]);
-      }
-      for (whole i = 0; i < rows; i++) {
-        sums[b * C + c + i] = one[i];
-        sums[(B + b) * C + c + i] = other[i];
-      }
-    }
+    norm_gradient_of_sample(dx + b * d_stride, du + b * u_stride, last, x + b * stride, C, S, mean, scale, sums + b * C,
+                            sums + (B + b) * C);
 }
 
 /* dx -= slope x + shift */

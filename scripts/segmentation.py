@@ -47,7 +47,7 @@ from revtrain.memory.live import LiveStorages
 
 OUT = Path(__file__).resolve().parents[1] / "docs/figures/segmentation.csv"
 COLUMNS = ("data", "network", "parameters", "steps", "seeds", "IoU, %", "deviation", "bytes/px", "CPU s a step")
-SLOPE, BATCH = 0.2, 4
+SLOPE, BATCH, NOISE = 0.2, 4, 0.3  # noise: standard deviation, of a contrast of 1
 Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]  # images (B, C, H, W) and labels (B, H, W)
 
 
@@ -153,7 +153,7 @@ def drawn_shapes(count: int, generator: torch.Generator, side: int = 64) -> tupl
         dy, dx = y - centres[:, 0], x - centres[:, 1]
         inside = dy**2 + dx**2 < radii**2 if kind == 1 else torch.maximum(dy.abs(), dx.abs()) < 0.88 * radii
         labels[inside] = kind
-    return ((labels > 0) + 0.5 * torch.randn(labels.shape, generator=generator))[:, None].float(), labels
+    return ((labels > 0) + NOISE * torch.randn(labels.shape, generator=generator))[:, None].float(), labels
 
 
 class Nuclei:

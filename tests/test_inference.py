@@ -171,11 +171,11 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def trained_run(tmp_path_factory):
-    """A run of two epochs on synthetic images."""
+    """A run of two epochs on synthetic images, which keeps an average of its weights."""
     from revtrain.training.run import train
 
     folder = tmp_path_factory.mktemp("trained") / "run"
-    result = train(compose([*TINY]), folder)
+    result = train(compose([*TINY, "ema_decay=0.9"]), folder)
     return folder, result
 
 
@@ -221,6 +221,22 @@ def test_the_accuracy_is_the_runs_own(trained_run, tmp_path, capsys):
     for label, guess in zip(test.labels.tolist(), predicted.tolist(), strict=True):
         counts[label, guess] -= 1
     assert not counts.any()
+
+
+def test_the_average_of_the_weights_is_evaluated_and_exported(trained_run, tmp_path, capsys):
+    folder, result = trained_run
+    assert evaluate_main([str(folder), "--averaged"]) == 0
+    assert f"accuracy {100 * result['test_accuracy_ema']:.2f} % of 20 images" in capsys.readouterr().out
+    means = torch.load(folder / "last.pt", weights_only=True)["average"]["means"]
+    assert export_main([str(folder), "--to", str(tmp_path / "model.pt2"), "--averaged"]) == 0
+    exported, own = torch.export.load(tmp_path / "model.pt2").state_dict, restore(folder).model.state_dict()
+    assert means and all(torch.equal(exported[name], mean) for name, mean in means.items() if name in exported)
+    assert any(not torch.equal(exported[name], own[name]) for name in exported)
+
+    save_network(tmp_path, ["arch=layerwise", "width=4", "depth=2", "pooling=[]"])
+    capsys.readouterr()
+    assert evaluate_main([str(tmp_path), "--averaged"]) == 2
+    assert "no average of its weights" in refused(capsys)
 
 
 def test_another_folder_is_evaluated_alike(trained_run, image_folder, capsys):

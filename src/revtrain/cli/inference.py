@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Written = TypeVar("Written")
 RUN_HELP = f"a run directory, or the {CHECKPOINT} of one"
+AVERAGED_HELP = "take the average of the weights, which a run with ema_decay keeps, in their place"
 
 
 def evaluate_main(argv: Sequence[str] | None = None) -> int:
@@ -56,6 +57,7 @@ def _evaluate_parser() -> argparse.ArgumentParser:
     parser.add_argument("--png", metavar="FILE", type=Path, help="draw the confusion matrix (needs matplotlib)")
     parser.add_argument("--top", metavar="K", type=_count, default=1, help="with --images: the K most probable (1)")
     parser.add_argument("--batch", metavar="N", type=_count, help="images at a time (default: as in the run)")
+    parser.add_argument("--averaged", action="store_true", help=AVERAGED_HELP)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (auto)")
     return parser
 
@@ -70,7 +72,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from revtrain.inference.evaluate import evaluate
     from revtrain.inference.restore import restore
 
-    trained = restore(args.run, args.device)
+    trained = restore(args.run, args.device, args.averaged)
     print(f"{clean(trained.path)}: {trained.config.network.arch} after epoch {trained.epoch}", flush=True)
     if args.images is not None:
         return _predict(trained, args)
@@ -127,6 +129,7 @@ def _export_parser() -> argparse.ArgumentParser:
         "--to", metavar="FILE", type=Path, action="append", required=True,
         help="model.safetensors, model.onnx or model.pt2; may be given several times",
     )  # fmt: skip
+    parser.add_argument("--averaged", action="store_true", help=AVERAGED_HELP)
     return parser
 
 
@@ -134,7 +137,7 @@ def _export(args: argparse.Namespace) -> int:
     from revtrain.inference.export import export
     from revtrain.inference.restore import restore
 
-    trained = restore(args.run)
+    trained = restore(args.run, averaged=args.averaged)
     for path in args.to:
         difference = _write(path, partial(export, trained, path))
         said = "logits not compared: onnxruntime is not installed"

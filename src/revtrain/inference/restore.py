@@ -48,24 +48,31 @@ class Trained:
         return model.eval().requires_grad_(False)
 
 
-def restore(path: str | Path, device: str = "cpu") -> Trained:
+def restore(path: str | Path, device: str = "cpu", averaged: bool = False) -> Trained:
     """The network in a checkpoint.
 
     Args:
         path: of the checkpoint, or of the run directory that holds it.
         device: as `device=` of a run.
+        averaged: with the average of the weights, which a run with `ema_decay` keeps, in their place.
 
     Raises:
-        RevtrainError: the checkpoint is missing, damaged or of another version, or the device is absent.
+        RevtrainError: the checkpoint is missing, damaged or of another version, or the device is absent, or there is no
+            average in it.
     """
     state = checkpoint.load(path, key="")
+    if averaged and state["average"] is None:
+        raise RevtrainError(
+            f"{path}: this run kept no average of its weights, which --averaged asks for.\n"
+            "Leave --averaged out, or train with ema_decay=0.98."
+        )
     path = Path(path) / CHECKPOINT if Path(path).is_dir() else Path(path)
     chosen = devices.choose_device(device)
     try:
         config = read(state["config"], stored=True)
         names, size, mean, std = _meaning(state["data"], state["classes"])
         model = build_model(config, len(names), size)
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state["model"] | (state["average"]["means"] if averaged else {}))
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise RevtrainError(
             f"{path}: what this checkpoint holds does not fit together ({_first_line(error)}).\n"

@@ -121,7 +121,8 @@ def test_invert_equals_store_at_the_default_size_in_float64(case):
 @pytest.mark.parametrize("arch", ["revnet", "irevnet", "hybrid", "chunked"])
 def test_invert_equals_store_in_float32(arch, seed):
     """At most 2e-4 per parameter, batch 64. One ReLU kink crossed can exceed it; there is none here."""
-    inverting, storing = build_twins(compose(f"arch={arch}", "width=16"), torch.float32, seed)
+    width = 8 if arch == "irevnet" else 16  # whose three poolings make it 64 times as wide
+    inverting, storing = build_twins(compose(f"arch={arch}", f"width={width}"), torch.float32, seed)
     for model in (inverting, storing):
         train_step(model, torch.float32, size=64)
     errors = relative_errors(inverting, storing)

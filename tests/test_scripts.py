@@ -166,7 +166,7 @@ def test_patches_are_the_quarters_of_each_image(far_apart):
 
 def test_the_far_apart_task_compares_what_each_way_sees_and_needs(far_apart, tmp_path, capsys):
     words = "arch=chunked width=2 depth=4 expansion=[1] pooling=[channel,channel,batch] chunk_mib=0.01"
-    small = ["--stages=32,8,2,0.01/64,4,2,0.01", "--test=4", "--seeds=0", f"--out={tmp_path / 'far.csv'}"]
+    small = ["--stages=32,8,2,0.01/64,4,2,0.01", "--side=64", "--test=4", "--seeds=0", f"--out={tmp_path / 'far.csv'}"]
     far_apart.main([*small, "--network", words, "--repeats=1"])
     lines = [line for line in (tmp_path / "far.csv").read_text().splitlines() if not line.startswith("#")]
     rows = {(row["trained on"], row["backward pass"]): row for row in csv.DictReader(lines)}

@@ -31,7 +31,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from benchmark_memory import CheckpointEach, CheckpointSegments, bn_updates
 from torch import Tensor, nn
 
 from revtrain.conf import compose
@@ -208,6 +207,7 @@ def flat_gradient(model: nn.Module, images: Tensor) -> Tensor:
 
 def ways_to_train(words: str, side: int) -> list[tuple[str, str, Callable[[], nn.Module]]]:
     """(trained on, backward pass, how the network is made)."""
+    from benchmark_memory import CheckpointEach, CheckpointSegments  # beside this file: there where it is run
 
     def stored() -> nn.Module:
         return network(words, side, "store")
@@ -223,6 +223,8 @@ def ways_to_train(words: str, side: int) -> list[tuple[str, str, Callable[[], nn
 
 def measured_row(words: str, side: int, trained_on: str, make: Callable[[], nn.Module], repeats: int) -> list[str]:
     """Whose gradient it is, and the columns after it."""
+    from benchmark_memory import bn_updates
+
     images = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     labels = torch.zeros(1, dtype=torch.int64)
     patches = trained_on == "patches"

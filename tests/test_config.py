@@ -155,7 +155,7 @@ WRONG = [
     (["probe.batch=1"], "probe.batch=1", "at least 2"),
     (["probe.every=-1"], "probe.every=-1", "never probe"),
     (["data=imagefolder"], "without data.root", "train/CLASS"),
-    (["data.name=mnist"], "data=mnist", "cifar10, imagefolder, synthetic"),
+    (["data.name=mnist"], "data=mnist", "cifar10, far_apart, imagefolder, synthetic"),
     (["data.train_limit=0"], "data.train_limit=0", "at least 1"),
     (["data.classes=1"], "data.classes=1", "at least 2"),
     (["data.image_size=0"], "data.image_size=0", "at least 1"),
@@ -208,3 +208,9 @@ def test_slug_makes_short_plain_names():
     assert slug("depth-4_data.root-/a b=c,d") == "depth-4_data.root-a-b-c-d"
     assert len(slug("x" * 500)) == 80
     assert slug("0-") == "0"
+
+
+def test_help_shows_every_owners_default_of_a_key():
+    (line,) = (line for line in keys_help().splitlines() if line.strip().startswith("data.train_images"))
+    assert line.endswith("[256 or 10000]")
+    assert "with data=far_apart or synthetic" in keys_help()

@@ -30,6 +30,7 @@ from revtrain.data import (
     channel_statistics,
     cifar10,
     draw_augmentation,
+    far_apart,
     load_data,
     normalise,
     synthetic,
@@ -69,7 +70,7 @@ def changed(cfg: DataConfig, **changes) -> DataConfig:
 
 
 def test_unknown_name_lists_those_that_exist():
-    refused(DataConfig(name="mnist"), "mnist", "cifar10, imagefolder, synthetic")
+    refused(DataConfig(name="mnist"), "mnist", "cifar10, far_apart, imagefolder, synthetic")
 
 
 def test_class_count_must_match():
@@ -296,6 +297,72 @@ def test_synthetic_is_learned_by_a_small_cnn(shapes):
         channels = 32
     _, test = fit(nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, 10)), shapes, 4, 0.1, AugmentConfig())
     assert test > 0.9
+
+
+# ---- far_apart -------------------------------------------------------------------------------------------
+
+APART = DataConfig(name="far_apart", image_size=64, own=far_apart.Settings(train_images=40, test_images=20))
+
+
+def marks_of(split: Split, part: slice) -> torch.Tensor:
+    """1 where the mark in these columns is light, 0 where it is dark: (N,)."""
+    grey = split.images[..., part].float().mean((1, 2, 3))
+    assert ((grey - far_apart.GREY).abs() > 10).all(), "there is a mark in each image"
+    return (grey > far_apart.GREY).long()
+
+
+def test_far_apart_is_balanced_and_deterministic_from_its_seed():
+    first, again, other = (load_data(changed(APART, seed=seed)) for seed in (3, 3, 4))
+    assert_sound(first.train, 40, 64, 2)
+    assert_sound(first.test, 20, 64, 2)
+    assert first.image_size == 64 and first.classes == ("different", "same")
+    for split in ("train", "test"):
+        a, b, c = (getattr(data, split) for data in (first, again, other))
+        assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+        assert not torch.equal(a.images, c.images)
+    # the streams are disjoint: neither split depends on the length of the other
+    longer = load_data(changed(APART, seed=3, train_images=80))
+    assert torch.equal(longer.test.images, first.test.images)
+    assert not torch.equal(first.train.images[:20], first.test.images)
+
+
+def test_far_apart_has_its_class_in_both_marks_and_in_neither_alone():
+    split = load_data(APART).train
+    left, right = marks_of(split, slice(0, 16)), marks_of(split, slice(48, 64))
+    assert torch.equal((left == right).long(), split.labels)
+    # all three counts of two by two are alike: the label, given one mark, is as likely 0 as 1
+    for first, second in ((left, right), (left, split.labels), (right, split.labels)):
+        assert torch.bincount(2 * first + second).tolist() == [10] * 4
+
+
+def test_far_apart_shows_a_patch_of_half_the_side_one_mark_at_most():
+    for image in load_data(APART).train.images[:, 0].int():
+        marked = ((image - far_apart.GREY).abs() > far_apart.NOISE).any(0)  # (W,) columns
+        assert marked[:16].sum() == marked[48:].sum() == 12 and not marked[16:48].any()
+        for start in range(64 - 32 + 1):
+            seen = marked[start : start + 32]
+            assert not (seen[: max(0, 16 - start)].any() and seen[48 - start :].any())
+
+
+def test_far_apart_puts_its_marks_in_many_places():
+    rows = ((load_data(APART).train.images[:, 0].int() - far_apart.GREY).abs() > far_apart.NOISE).int()
+    for part in (slice(0, 16), slice(48, 64)):
+        tops = rows[..., part].any(2).int().argmax(1)
+        assert len(tops.unique()) > 10 and tops.max() <= 32
+
+
+@pytest.mark.parametrize("change", [{"image_size": 40}, {"seed": -1}, {"train_images": 3}, {"test_images": 0}])
+def test_far_apart_refuses(change):
+    key, value = next(iter(change.items()))
+    refused(changed(APART, **change), f"data.{key}={value}", "Give ")
+
+
+def test_far_apart_trains_from_the_command_line(command):
+    words = ("arch=chunked", "width=2", "depth=1", "pooling=[]", "batch=8", "epochs=1", "probe.every=0", "device=cpu")
+    images = ("data.image_size=16", "data.train_images=16", "data.test_images=8")
+    ran = command("data=far_apart", *images, *words, "lr=0.01")
+    assert ran.code == 0, ran.err
+    assert ran.result["status"] == "completed" and ran.result["config"]["data"]["name"] == "far_apart"
 
 
 # ---- imagefolder -----------------------------------------------------------------------------------------

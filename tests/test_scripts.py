@@ -148,3 +148,77 @@ def test_a_search_keeps_the_better_half_and_resnet18():
     cheap, good, dominated = candidate("cheap", 100, 0.3), candidate("good", 500, 0.6), candidate("worse", 510, 0.55)
     kept = script.better_half([far, dominated, resnet, good, cheap], 2)
     assert kept == [resnet, cheap, good]
+
+
+@pytest.fixture
+def far_apart(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))  # it takes parts of benchmark_memory
+    return load("far_apart")
+
+
+def test_patches_are_the_quarters_of_each_image(far_apart):
+    images = torch.arange(2 * 16).view(2, 1, 4, 4)
+    parts = far_apart.quarters(images)
+    assert parts.shape == (8, 1, 2, 2)
+    assert parts[0, 0].tolist() == [[0, 1], [4, 5]] and parts[1, 0].tolist() == [[2, 3], [6, 7]]
+    assert parts[6, 0].tolist() == [[24, 25], [28, 29]], "the quarters of an image follow each other"
+
+
+def test_the_far_apart_task_compares_what_each_way_sees_and_needs(far_apart, tmp_path, capsys):
+    words = "arch=chunked width=2 depth=4 expansion=[1] pooling=[channel,channel,batch] chunk_mib=0.01"
+    small = ["--stages=32,8,2,0.01/64,4,2,0.01", "--side=64", "--test=4", "--seeds=0", f"--out={tmp_path / 'far.csv'}"]
+    far_apart.main([*small, "--network", words, "--repeats=1"])
+    lines = [line for line in (tmp_path / "far.csv").read_text().splitlines() if not line.startswith("#")]
+    rows = {(row["trained on"], row["backward pass"]): row for row in csv.DictReader(lines)}
+    whole = {backward: row for (trained_on, backward), row in rows.items() if trained_on == "whole images"}
+    assert len(whole) == 4 and all(row["gradient of"] == "the whole image" for row in whole.values())
+    assert all(float(row["difference"]) < 1e-3 for row in whole.values())
+    needed = {backward: float(row["bytes/px"]) for backward, row in whole.items()}
+    assert needed["inverted"] < needed["checkpoint, each block"] < needed["stored"]
+    updates = {backward: row["BN updates"] for backward, row in whole.items()}
+    assert updates["inverted"] == updates["stored"] == "1" and updates["checkpoint, each block"] == "2"
+    patches = rows["patches", "inverted"]
+    assert patches["gradient of"] == "patches" and not patches["difference"]
+    assert float(patches["peak, MiB"]) < float(whole["inverted"]["peak, MiB"])
+    assert patches["test accuracy, %"] and whole["inverted"]["test accuracy, %"]
+    assert "whole images, seed 0, 64 x 64: test" in capsys.readouterr().out
+    # without seeds and timed steps everything stays as it was
+    far_apart.main([*small, "--network", words, "--repeats=0", "--seeds"])
+    again = [line for line in (tmp_path / "far.csv").read_text().splitlines() if not line.startswith("#")]
+    assert again == lines
+
+
+def test_the_patches_of_a_batch_come_from_shuffled_images_with_their_labels(far_apart, monkeypatch):
+    data = far_apart.drawn(32, 8, 4, 0)
+    seen = []
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.zeros(2))
+
+        def forward(self, images):
+            seen.append(images)
+            return self.bias.expand(len(images), 2)
+
+    labelled = []
+    cross_entropy = far_apart.F.cross_entropy
+    monkeypatch.setattr(far_apart.F, "cross_entropy", lambda x, y: (labelled.append(y), cross_entropy(x, y))[1])
+    far_apart.train(Model(), data, 2, 0.01, True, seed=0)
+    inputs, labels = torch.cat(seen), torch.cat(labelled)
+    every = far_apart.quarters(far_apart.normalise(data.train.images, data.mean, data.std))
+    where = [int((every - each).abs().flatten(1).sum(1).argmin()) for each in inputs]
+    assert sorted(where) == list(range(32)), "each quarter once"
+    assert labels.tolist() == data.train.labels[torch.tensor(where) // 4].tolist()
+    assert all(len({each // 4 for each in where[start : start + 8]}) > 2 for start in range(0, 32, 8)), "shuffled"
+
+
+def test_running_statistics_are_settled_as_the_mean_over_training_images(far_apart):
+    data, norm = far_apart.drawn(32, 8, 4, 0), torch.nn.BatchNorm2d(3)
+    norm.running_mean.fill_(100)
+    far_apart.settle_statistics(norm, data, 4, False)
+    images = far_apart.normalise(data.train.images, data.mean, data.std)
+    torch.testing.assert_close(norm.running_mean, images.mean((0, 2, 3)), atol=1e-5, rtol=1e-5)
+    spread = torch.stack([each.transpose(0, 1).flatten(1).var(1) for each in images.split(4)]).mean(0)
+    torch.testing.assert_close(norm.running_var, spread)
+    assert norm.momentum == 0.1

@@ -33,22 +33,24 @@ def keys_help() -> str:
 
 
 def _entries(keys: dict[str, Key], indent: int = 2) -> list[str]:
-    return [line for name, key in keys.items() if name not in CHOSEN for line in _entry(key, indent)]
+    return [line for name, key in keys.items() if name not in CHOSEN for line in _entry([key], indent)]
 
 
 def _own_entries(package: str, group: str) -> list[str]:
     """The keys that only some architectures or data sets have, in the order of those that share most."""
-    shared: dict[tuple[str, ...], dict[str, Key]] = {}
-    for name, owners in own_keys(package).items():
-        shared.setdefault(tuple(owners), {})[name] = next(iter(owners.values()))
+    shared: dict[tuple[str, ...], list[list[Key]]] = {}
+    for owners in own_keys(package).values():
+        shared.setdefault(tuple(owners), []).append(list(owners.values()))
     lines = []
     for names, keys in sorted(shared.items(), key=lambda each: (-len(each[0]), each[0])):
-        lines += [f"  with {group}={' or '.join(names)}", *_entries(keys, indent=4)]
+        lines += [f"  with {group}={' or '.join(names)}", *(line for of_all in keys for line in _entry(of_all, 4))]
     return lines
 
 
-def _entry(key: Key, indent: int) -> list[str]:
-    default = key.rule.shown or _shown(key.default)
+def _entry(keys: list[Key], indent: int) -> list[str]:
+    """Of one key, as each of its owners states it: the words of the first, and all defaults where they differ."""
+    key = keys[0]
+    default = " or ".join(dict.fromkeys(each.rule.shown or _shown(each.default) for each in keys))
     words = [choice for choice in key.rule.choices if choice not in key.rule.help]
     choices = f": {', '.join(key.rule.choices)}" if words else ""
     first, *rest = textwrap.wrap(f"{key.rule.help}{choices} [{default}]", WIDTH - COLUMN - 2)

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "planning": BUILT | {"data", "step"},
     "runs": GROUND | {"figures", "numerics"},
     "training": BUILT | {"data", "step", "planning", "runs"},
-    "report": {"errors", "config", "numerics", "runs"},
+    "report": {"errors", "config", "memory", "models", "numerics", "runs"},
     "inference": BUILT | {"data", "runs", "report", "figures", "__init__"},
     "cli": GROUND | {"data", "figures", "runs", "training", "inference", "report", "conf", "__init__"},
     # for programs that import revtrain

@@ -114,4 +114,6 @@ def test_the_report_has_the_papers_layout(tmp_path, capsys):
     assert cells[1]["n"] == "2" and "±" in cells[1]["accuracy, %"] and cells[1]["stored, %"] != "-"
     assert cells[0]["stored, %"] == "-"
     assert float(cells[0]["bytes/px"]) > 2 * float(cells[1]["bytes/px"])
+    large = analytic_memory(compose("arch=hybrid", "size=180k")).bytes_per_pixel
+    assert float(cells[1]["bytes/px"]) == pytest.approx(large, abs=0.5), "not that of the run's 16 images"
     assert float(cells[0]["MiB at 512"]) == pytest.approx(512 * 1024 * 588 / 2**20, rel=0.1)

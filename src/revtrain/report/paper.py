@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
 
+from revtrain.config import read
+from revtrain.errors import RevtrainError
+from revtrain.memory.closed_form import MemoryModel
+from revtrain.models import analytic_memory
 from revtrain.report.group import INCIDENTAL, OF_THE_PROBE, Group, configuration_key
 from revtrain.report.tables import NONE, Column, accuracy_percent, number, piped, spread, table
 
 BATCH = 512  # of the paper's totals
 SAME_SIZE = 1.1  # parameters of the largest network of a table over those of the smallest, at most
-DEFAULT_SIDE = 32  # pixels, where the configuration leaves the size to the images
+DEFAULT_SIDE, DEFAULT_CLASSES = 32, 10  # pixels, and of the head, where the configuration leaves them to the images
+MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -21,15 +28,35 @@ class Row:
     twin: Group | None  # backward=store
     baseline: Group
 
+    @cached_property
+    def memory(self) -> MemoryModel | None:
+        """The closed form, which is that of large batches: in small ones scratch grows with the batch, too. None where
+        there is none, and of accumulated gradients."""
+        with suppress(RevtrainError):
+            config = read(self.group.counted[0].config, stored=True)
+            if config.training.accumulate == 1:
+                return analytic_memory(config, config.data.classes or DEFAULT_CLASSES, self.side)
+        return None
+
+    @property
+    def side(self) -> int:
+        """Of the images, in pixels."""
+        return (self.group.counted[0].config.get("data") or {}).get("image_size") or DEFAULT_SIDE
+
+    @property
+    def bytes_per_pixel(self) -> float | None:
+        return self.group.mean("bytes_per_pixel") if self.memory is None else self.memory.bytes_per_pixel
+
     @property
     def mib_at_512(self) -> float | None:
-        """Everything alive in a step of 512 images, extrapolated by the bytes per pixel."""
-        peak, slope = self.group.mean("step_peak_mib"), self.group.mean("bytes_per_pixel")
-        config = self.group.counted[0].config
-        batch, side = config.get("batch"), (config.get("data") or {}).get("image_size") or DEFAULT_SIDE
+        """Everything alive in a step of 512 images; without a closed form extrapolated by the bytes per pixel."""
+        if self.memory is not None:
+            return self.memory.peak_bytes(BATCH, self.side) / MIB
+        peak, slope = self.group.mean("step_peak_mib"), self.bytes_per_pixel
+        batch = self.group.counted[0].config.get("batch")
         if peak is None or slope is None or not isinstance(batch, int):
             return None
-        return peak + slope * (BATCH - batch) * side**2 / 2**20
+        return peak + slope * (BATCH - batch) * self.side**2 / MIB
 
     @property
     def relative_time(self) -> float | None:
@@ -45,7 +72,7 @@ COLUMNS = (
     Column("n", lambda row: str(len(row.group.counted) if row.group.completed else 0)),
     Column("accuracy, %", lambda row: spread(row.group.spread(accuracy_percent), ".2f")),
     Column("stored, %", lambda row: spread(row.twin.spread(accuracy_percent), ".2f") if row.twin else NONE),
-    Column("bytes/px", lambda row: number(row.group.mean("bytes_per_pixel"))),
+    Column("bytes/px", lambda row: number(row.bytes_per_pixel)),
     Column(f"MiB at {BATCH}", lambda row: number(row.mib_at_512, ",.1f")),
     Column("VRAM, MiB", lambda row: number(row.group.mean("vram_allocated_mib")), optional=True),
     Column("MMAC/image", lambda row: number(_millions(row.group.mean("macs_per_image")), ",.1f")),
@@ -57,9 +84,10 @@ COLUMNS = (
 )
 NOTES = (
     f"One table for each size; parameters within it differ by a tenth at most. n runs with different seeds, mean ± "
-    f"standard deviation; stored: the noise-free twin, backward=store. MiB at {BATCH}: everything alive in a step of "
-    f"{BATCH} images, counted at the batch of the run and extrapolated; VRAM: measured at that batch. MMAC: millions "
-    f"of multiply-accumulates of forward and backward pass, recomputation included. time: seconds an image over those "
+    f"standard deviation; stored: the noise-free twin, backward=store. bytes/px and MiB at {BATCH}: everything alive "
+    f"in a step, by the closed form, or, where there is none, counted at the batch of the run and extrapolated; VRAM: "
+    f"measured at the batch of the run. MMAC: millions of multiply-accumulates of forward and backward pass, "
+    f"recomputation included. time: seconds an image over those "
     f"of the first row, which needs the most memory; only of runs on one idle device does it mean anything.",
 )
 # what a row's settings leave out: shown elsewhere, or the same by design
@@ -92,9 +120,10 @@ def _of_equal_size(groups: Iterable[Group]) -> list[list[Row]]:
         tables[-1].append(group)
     found = []
     for each in tables:
-        each.sort(key=lambda group: -(group.mean("bytes_per_pixel") or 0))
         twins = [None if (twin := stored.get(_key(group))) is group else twin for group in each]
-        found.append([Row(group, twin, each[0]) for group, twin in zip(each, twins, strict=True)])
+        rows = [Row(group, twin, group) for group, twin in zip(each, twins, strict=True)]
+        rows.sort(key=lambda row: -(row.bytes_per_pixel or 0))
+        found.append([replace(row, baseline=rows[0].group) for row in rows])
     return found
 
 

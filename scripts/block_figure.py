@@ -46,11 +46,11 @@ def function(axes: Axes, name: str, y: float, start: float, end: float) -> None:
     axes.plot([start], [y], "o", color="#555555", markersize=4)
 
 
-def lanes(axes: Axes, rows: list[float], texts: list[tuple[str, str]], colours: list[str]) -> None:
+def lanes(axes: Axes, rows: list[float], texts: list[tuple[str, str]]) -> None:
     """The halves at each row, and arrows from one row to the next."""
-    for row, pair, colour in zip(rows, texts, colours, strict=True):
+    for row, pair in zip(rows, texts, strict=True):
         for x, text in zip((LEFT, RIGHT), pair, strict=True):
-            box(axes, x, row, text, colour)
+            box(axes, x, row, text, STATE)
     for above, below in pairwise(rows):
         for x in (LEFT, RIGHT):
             arrow(axes, (x, above - HEIGHT / 2 - 0.04), (x, below + HEIGHT / 2 + 0.04))
@@ -60,7 +60,7 @@ def panel(axes: Axes, title: str, rows: list[tuple[str, str]], functions: list[t
     """`rows`: the halves from top to bottom. `functions`: between two rows each, name, whether it reads the right half,
     and what is computed."""
     heights = [6.0 - 2.3 * index for index in range(len(rows))]
-    lanes(axes, heights, rows, [STATE] * len(rows))
+    lanes(axes, heights, rows)
     for above, (name, reads_right, text) in zip(heights, functions, strict=False):
         y = above - 0.85
         function(axes, name, y, *((RIGHT, LEFT) if reads_right else (LEFT, RIGHT)))

@@ -87,8 +87,8 @@ NOTES = (
     f"standard deviation; stored: the noise-free twin, backward=store. bytes/px and MiB at {BATCH}: everything alive "
     f"in a step, by the closed form, or, where there is none, counted at the batch of the run and extrapolated; VRAM: "
     f"measured at the batch of the run. MMAC: millions of multiply-accumulates of forward and backward pass, "
-    f"recomputation included. time: seconds an image over those "
-    f"of the first row, which needs the most memory; only of runs on one idle device does it mean anything.",
+    f"recomputation included. time: seconds an image over those of the first row, which needs the most memory; only of "
+    f"runs on one idle device does it mean anything.",
 )
 # what a row's settings leave out: shown elsewhere, or the same by design
 SHOWN_ELSEWHERE = ("backward", "seed", "pooling")

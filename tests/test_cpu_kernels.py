@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from revtrain.conf import compose
 from revtrain.kernels import cpu_kernels
 from revtrain.kernels.cpu_kernels import build
+from revtrain.layers import BatchPooling, ChannelPooling
 from revtrain.models import build_model
 
 # the modules, whose names the package gives to their functions
@@ -76,6 +77,36 @@ def test_adding_is_the_specification_to_the_bit_and_counts_what_leaves_the_range
                 made, expected, equal_nan=True, rtol=0 if step or factor != 0.3 else 1e-6, atol=0
             )
             assert counts[0] == counts[1]
+
+
+@needs_compiler
+@pytest.mark.parametrize("channels", [4, 20])
+def test_long_samples_are_turned_as_short_ones_are(channels):
+    part = torch.randn(2, 2 * channels, 41, 40)[:, channels:]
+    u = cpu_kernels.read_part(part, None, None, 1.0, torch.float32, True)
+    assert u.is_contiguous(memory_format=torch.channels_last) and torch.equal(u, part)
+    state = part.clone()
+    assert cpu_kernels.add_to_part_(state, u, 1.0, 0.0, True, 0.0, None) and torch.equal(state, part + part)
+
+
+@needs_compiler
+@pytest.mark.parametrize("pooling", [ChannelPooling, BatchPooling])
+@pytest.mark.parametrize("factor", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32])
+def test_pooling_is_the_permutation_to_the_bit(pooling, factor, dtype, monkeypatch):
+    used = []
+    monkeypatch.setattr(
+        cpu_kernels, "pool_", lambda *given, pool=cpu_kernels.pool_: used.append(pool(*given)) or used[-1]
+    )
+    layer = pooling(factor)
+    for batch, channels, rows, columns in [(1, 1, 1, 1), (3, 5, 2, 4), (2, 3, 5, 9), (2, 9, 8, 17)]:
+        shape = batch, channels, rows * factor, columns * factor
+        bits = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int64).to(torch.int32)
+        x = bits.view(dtype)  # as float32 these are numbers of all sizes, and no numbers
+        y = layer.recompute_(x.clone(), None)
+        assert torch.equal(y.view(torch.int32), layer(bits))
+        assert torch.equal(layer.inverse_(y, None).view(torch.int32), bits)
+    assert used == [True] * 8
 
 
 @needs_compiler
@@ -155,7 +186,7 @@ def test_threads_change_no_bit():
             cpu_kernels.add_to_part_(
                 state, x.contiguous(memory_format=torch.channels_last), 1.0, 0.5, True, 2.0, counted
             )
-            results.append([state, counted, *statistics._compiled(x)])
+            results.append([state, counted, *statistics._compiled(x), ChannelPooling().recompute_(x.clone(), None)])
         finally:
             torch.set_num_threads(before)
     for others in results[1:]:

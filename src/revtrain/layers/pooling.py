@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from revtrain.core.gradients import Gradients
 from revtrain.core.layer import InvertibleLayer
 from revtrain.errors import RevtrainError
+from revtrain.kernels import cpu_kernels
 from revtrain.kernels.pieces import batch_pieces, is_large, rounds
 from revtrain.layers.permuted_blocks import inverse_order, permute_blocks_
 
@@ -97,6 +98,8 @@ class _PermutingPool(InvertibleLayer):
         """The values of x, contiguous, change places, so that its memory holds y; `back`: the other way round."""
         units = self._units(x)
         if not is_large(units, self.piece_bytes):
+            if cpu_kernels.pool_(units, self.factor, back):
+                return
             for sl in batch_pieces(units, self.piece_bytes):
                 own = units[sl]
                 moved = self._unpool(own.view(self._pooled_shape(own.shape))) if back else self._pool(own)

@@ -45,8 +45,8 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def weights_as_on_cuda(model: nn.Module) -> nn.Module:
-    """`model`, the weights of its convolutions channels last, as its states are read by them on a GPU."""
+def weights_channels_last(model: nn.Module) -> nn.Module:
+    """`model`, its convolutions' weights channels last, as are the inputs that they meet: else each call turns them."""
     for parameter in model.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
@@ -85,7 +85,7 @@ def make_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
 def place(model: nn.Module, device: torch.device) -> nn.Module:
     """`model` moved to `device`, its convolutions' weights in the layout that is fastest there."""
     model.to(device)
-    return weights_as_on_cuda(model) if device.type == "cuda" else model
+    return weights_channels_last(model) if device.type == "cuda" else model
 
 
 def image_layout(device_type: str) -> torch.memory_format:

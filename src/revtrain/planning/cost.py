@@ -115,7 +115,7 @@ def step_cost(config: Config, batch: int, classes: int = 10, image_size: int = 3
     precision = config.network.precision
     device = torch.device("cpu")
     with torch.random.fork_rng([]), fake_gpu():
-        model = devices.weights_as_on_cuda(build(config.network, Images(classes, image_size)).train())
+        model = devices.weights_channels_last(build(config.network, Images(classes, image_size)).train())
         images = torch.empty(batch, 3, image_size, image_size, dtype=devices.DTYPES[precision])
         labels = torch.zeros(batch, dtype=torch.int64)
         with Operations() as counting, CountMacs() as products:

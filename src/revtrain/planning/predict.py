@@ -117,7 +117,7 @@ class StepPredictor:
             if device is not None:
                 devices.place(self._model, device)
             if self._planned_for == "cuda":
-                devices.weights_as_on_cuda(self._model)
+                devices.weights_channels_last(self._model)
             self._parameter_bytes = self._live.live_bytes
             self._optimizer = make_optimizer(self._model, config.training)
             for parameter in self._model.parameters():  # a step without passes makes the momentum

@@ -14,16 +14,18 @@ from revtrain.kernels.cpu_kernels.build import library
 from revtrain.kernels.operator import is_real
 from revtrain.kernels.shapes import memory_format_of
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 
 def serves(*given: Tensor | None) -> bool:
     """Whether all are plain float32 tensors with values on the CPU, and nobody asks for a graph."""
-    tensors = [each for each in given if each is not None]
-    return (
-        all(type(each) in (Tensor, torch.nn.Parameter) and each.dtype == torch.float32 for each in tensors)
-        and all(each.is_cpu for each in tensors)
-        and not (torch.is_grad_enabled() and any(each.requires_grad for each in tensors))
-        and _runs(tensors[0])
-    )
+    graph = torch.is_grad_enabled()
+    for each in given:
+        if each is not None and (
+            type(each) not in _PLAIN or each.dtype != torch.float32 or not each.is_cpu or (graph and each.requires_grad)
+        ):
+            return False
+    return _runs(next(each for each in given if each is not None))
 
 
 def serves_integers(state: Tensor) -> bool:
@@ -148,6 +150,19 @@ def add_norm_rest_(dpart: Tensor, part: Tensor, slope: Tensor, shift: Tensor) ->
     slope, shift = slope.contiguous(), shift.contiguous()
     _call("norm_rest", _at(dpart), dpart.stride(0), _at(part), part.stride(0), *_shape(part), _at(slope), _at(shift))
     _written(dpart)
+    return True
+
+
+def pool_(units: Tensor, factor: int, back: bool) -> bool:
+    """The pixels of each unit (C, H, W) of `units` (B, C, H, W), of four bytes a value, as r^2 images of (C, H/r, W/r),
+    r the `factor`; or `back`."""
+    if not (units.dim() == 4 and units.dtype in (torch.float32, torch.int32) and units.is_cpu and _runs(units)):
+        return False
+    if type(units) is not Tensor or units.requires_grad or not units.is_contiguous():
+        return False
+    copies = torch.empty(torch.get_num_threads(), *units.shape[1:], dtype=units.dtype)
+    _call("pool", _at(units), *units.shape, factor, back, _at(copies))
+    _written(units)
     return True
 
 

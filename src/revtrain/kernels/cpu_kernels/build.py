@@ -133,6 +133,7 @@ _ARGUMENTS: dict[str, list[type]] = {
     "undo": [_P, _P, _P, *_SHAPE, _P, _P, _P, _P, _F, _P, _N],
     "norm_gradient": [_P, _I, _P, _I, _N, _P, _I, *_SHAPE, _P, _P, _P, _N],
     "norm_rest": [_P, _I, _P, _I, *_SHAPE, _P, _P, _N],
+    "pool": [_P, _I, _I, _I, _I, _I, _N, _P, _N],
 }
 
 

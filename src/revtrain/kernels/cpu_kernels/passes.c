@@ -127,12 +127,35 @@ static INLINE void put(vector r[N], float *sample, int last, whole C, whole S, w
   }
 }
 
-/* DO(rows, n) for each block of a sample, in squares of LINE channels and LINE pixels, so that each line of the cache, on either
- * side, is gone through at once: rows of a power of two pixels would push each other out. Sizes of most blocks are constants,
- * for which the compiler makes code without loops and branches. */
-#define BLOCKS(C, S, DO)                                                    \
-  for (whole lines = 0; lines < (C); lines += LINE)                         \
-    for (whole line = 0; line < (S); line += LINE)                          \
+/* Memory takes its time, and the processor's own guess fails where rows are turned: lines are asked for before their turn. Of
+ * a long sample those of the square four further on; of another as many lines of the next sample, in the order of memory. */
+#define LONG (64 * LINE) /* pixels */
+
+static INLINE void ask_for(const float *p, whole lines, whole apart) {
+  for (whole i = 0; i < lines; i++) __builtin_prefetch(p + i * apart, 1, 3);
+}
+
+static INLINE void ask_ahead(const float *sample, whole next, int last, whole C, whole S, whole c, whole s) {
+  whole channels = least(LINE, C - c), pixels = least(LINE, S - s);
+  if (S <= LONG)
+    ask_for(sample + next + s * C + c * LINE, channels, LINE);
+  else if (!last)
+    ask_for(sample + c * S + s + 4 * LINE, channels, S);
+  else if (C > LINE)
+    ask_for(sample + (s + 4 * LINE) * C + c, pixels, C);
+  else
+    ask_for(sample + (s + 4 * LINE) * C, C, LINE);
+}
+
+/* DO(rows, n) for each block of a sample whose channels come last on the other side, in squares of LINE channels and LINE
+ * pixels, so that each line of the cache, on either side, is gone through at once: rows of a power of two pixels would push
+ * each other out. Sizes of most blocks are constants, for which the compiler makes code without loops and branches. `next`: how
+ * far the next sample lies, on this side and on the other. */
+#define BLOCKS(C, S, x, x_next, u, u_next, DO)                              \
+  for (whole line = 0; line < (S); line += LINE)                            \
+    for (whole lines = 0; lines < (C); lines += LINE) {                     \
+      ask_ahead(x, x_next, 0, C, S, lines, line);                           \
+      ask_ahead(u, u_next, 1, C, S, lines, line);                           \
       for (whole c = lines; c < least(lines + LINE, (C)); c += N)           \
         for (whole s = line; s < least(line + LINE, (S)); s += N) {         \
           whole rows = least(N, (C)-c), n = least(N, (S)-s);                \
@@ -142,7 +165,16 @@ static INLINE void put(vector r[N], float *sample, int last, whole C, whole S, w
             DO(4, N);                                                       \
           else                                                              \
             DO(rows, n);                                                    \
-        }
+        }                                                                   \
+    }
+
+/* DO(1, n) for the channels of a sample one by one, where they lie so on both sides */
+#define ROWS(C, S, DO)                                           \
+  for (whole c = 0; c < (C); c++) {                              \
+    whole full = (S) / N * N, s = 0;                             \
+    for (; s < full; s += N) DO(1, N);                           \
+    if (s < (S)) DO(1, (S)-s);                                   \
+  }
 
 static INLINE void read_block(const float *x, float *u, int last, whole C, whole S, float unit, const float *scale,
                               const float *shift, whole c, whole rows, whole s, whole n) {
@@ -155,17 +187,17 @@ static INLINE void read_block(const float *x, float *u, int last, whole C, whole
   put(r, u, last, C, S, c, rows, s, n);
 }
 
-static OWN void read_sample(const float *x, whole C, whole S, float unit, const float *scale, const float *shift, float *u,
-                            int last) {
+static OWN void read_sample(const float *x, whole next, whole C, whole S, float unit, const float *scale, const float *shift,
+                            float *u, int last) {
 #define LAST(rows, n) read_block(x, u, 1, C, S, unit, 0, 0, c, rows, s, n)
 #define NORMALISED(rows, n) read_block(x, u, 1, C, S, unit, scale, shift, c, rows, s, n)
 #define AS_IT_LIES(rows, n) read_block(x, u, 0, C, S, unit, scale, shift, c, rows, s, n)
   if (last && scale) {
-    BLOCKS(C, S, NORMALISED)
+    BLOCKS(C, S, x, next, u, C * S, NORMALISED)
   } else if (last) {
-    BLOCKS(C, S, LAST)
+    BLOCKS(C, S, x, next, u, C * S, LAST)
   } else if (scale || unit != 1) {
-    BLOCKS(C, S, AS_IT_LIES)
+    ROWS(C, S, AS_IT_LIES)
   } else {
     memcpy(u, x, sizeof(float) * (size_t)(C * S));
   }
@@ -174,7 +206,7 @@ static OWN void read_sample(const float *x, whole C, whole S, float unit, const 
 void revtrain_read(const float *x, whole stride, whole B, whole C, whole S, float unit, const float *scale, const float *shift,
                    float *u, int last, int threads) {
 #pragma omp parallel for PARALLEL(B * C * S)
-  for (whole b = 0; b < B; b++) read_sample(x + b * stride, C, S, unit, scale, shift, u + b * C * S, last);
+  for (whole b = 0; b < B; b++) read_sample(x + b * stride, stride, C, S, unit, scale, shift, u + b * C * S, last);
 }
 
 typedef struct {
@@ -205,19 +237,26 @@ static INLINE void add_block(float *x, const float *u, int last, whole C, whole 
   *beyond += left;
 }
 
-static OWN whole add_to_sample(float *x, whole C, whole S, const float *u, int last, sum_rule rule) {
+static OWN whole add_to_sample(float *x, whole x_next, whole C, whole S, const float *u, whole u_next, int last, sum_rule rule) {
   mask beyond = {0};
   whole all_beyond = 0;
   int exact = rule.factor == 1 || rule.factor == -1;
 #define ON_GRID(rows, n) add_block(x, u, last, C, S, rule, 1, 0, &beyond, c, rows, s, n)
 #define EXACT(rows, n) add_block(x, u, last, C, S, rule, 0, 1, &beyond, c, rows, s, n)
 #define FUSED(rows, n) add_block(x, u, last, C, S, rule, 0, 0, &beyond, c, rows, s, n)
-  if (rule.step) {
-    BLOCKS(C, S, ON_GRID)
+  if (!last) S *= C, C = 1; /* one row: no channel has a number of its own here */
+  if (rule.step && last) {
+    BLOCKS(C, S, x, x_next, u, u_next, ON_GRID)
+  } else if (rule.step) {
+    ROWS(C, S, ON_GRID)
+  } else if (exact && last) {
+    BLOCKS(C, S, x, x_next, u, u_next, EXACT)
   } else if (exact) {
-    BLOCKS(C, S, EXACT)
+    ROWS(C, S, EXACT)
+  } else if (last) {
+    BLOCKS(C, S, x, x_next, u, u_next, FUSED)
   } else {
-    BLOCKS(C, S, FUSED)
+    ROWS(C, S, FUSED)
   }
   EACH all_beyond += beyond[k];
   return all_beyond;
@@ -229,7 +268,7 @@ whole revtrain_add(float *x, whole stride, whole B, whole C, whole S, const floa
   sum_rule rule = {factor, step, before, after, limit};
   whole beyond = 0;
 #pragma omp parallel for reduction(+ : beyond) PARALLEL(B * C * S)
-  for (whole b = 0; b < B; b++) beyond += add_to_sample(x + b * stride, C, S, u + b * u_stride, last, rule);
+  for (whole b = 0; b < B; b++) beyond += add_to_sample(x + b * stride, stride, C, S, u + b * u_stride, u_stride, last, rule);
   return beyond;
 }
 
@@ -390,4 +429,51 @@ void revtrain_norm_rest(float *dx, whole d_stride, const float *x, whole stride,
     float *to = dx + i / C * d_stride + i % C * S, k = slope[i % C], t = shift[i % C];
     for (whole s = 0; s < S; s += N) store(to + s, fused(load(row + s, S - s), all(-k), load(to + s, S - s)) - t, S - s);
   }
+}
+
+/* a row of pixels is parted: each r-th one comes to one of r rows, `step` values from each other; or back */
+static INLINE void part_row(float *apart, whole step, const float *mixed, whole pixels, whole r) {
+  whole w = 0;
+  if (r == 2)
+    for (; w + N <= pixels; w += N) {
+      vector low = load(mixed + 2 * w, N), high = load(mixed + 2 * w + N, N);
+      store(apart + w, PICK(low, high, 0, 2, 4, 6, 8, 10, 12, 14), N);
+      store(apart + step + w, PICK(low, high, 1, 3, 5, 7, 9, 11, 13, 15), N);
+    }
+  for (; w < pixels; w++)
+    for (whole j = 0; j < r; j++) apart[j * step + w] = mixed[w * r + j];
+}
+
+static INLINE void mix_row(float *mixed, const float *apart, whole step, whole pixels, whole r) {
+  whole w = 0;
+  if (r == 2)
+    for (; w + N <= pixels; w += N) {
+      vector even = load(apart + w, N), odd = load(apart + step + w, N);
+      store(mixed + 2 * w, PICK(even, odd, 0, 8, 1, 9, 2, 10, 3, 11), N);
+      store(mixed + 2 * w + N, PICK(even, odd, 4, 12, 5, 13, 6, 14, 7, 15), N);
+    }
+  for (; w < pixels; w++)
+    for (whole j = 0; j < r; j++) mixed[w * r + j] = apart[j * step + w];
+}
+
+static OWN void pool_unit(float *x, float *copy, whole C, whole H, whole W, whole r, int back) {
+  whole pixels = W / r, part = C * (H / r) * pixels; /* values of one of the r^2 parts */
+  memcpy(copy, x, sizeof(float) * (size_t)(C * H * W));
+  for (whole i = 0; i < r; i++)
+    for (whole row = 0; row < C * (H / r); row++) { /* of the parts (i, 0) to (i, r - 1) */
+      whole apart = i * r * part + row * pixels, mixed = (row * r + i) * W;
+      if (back)
+        mix_row(x + mixed, copy + apart, part, pixels, r);
+      else
+        part_row(x + apart, part, copy + mixed, pixels, r);
+    }
+}
+
+/* each unit (C, H, W) becomes (r, r, C, H / r, W / r) in its own memory, or `back`; `copies` has room for a unit a thread */
+void revtrain_pool(float *x, whole units, whole C, whole H, whole W, whole r, int back, float *copies, int threads) {
+  whole unit = C * H * W;
+#pragma omp parallel for PARALLEL(units * unit)
+  for (int t = 0; t < threads; t++)
+    for (whole u = units * t / threads; u < units * (t + 1) / threads; u++)
+      pool_unit(x + u * unit, copies + t * unit, C, H, W, r, back);
 }

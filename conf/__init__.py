@@ -152,6 +152,20 @@ def of_arch(arch: str, values: Mapping[str, Any]) -> Any:
     return values[arch]
 
 
+def of_depth(depth: int, widths: Mapping[int, int]) -> int:
+    """The width for this depth, of one for each: for yamls that vary depth at one number of parameters.
+
+    Raises:
+        RevtrainError: there is none for it.
+    """
+    if depth not in widths:
+        raise RevtrainError(
+            f"depth={depth} was given, for which this experiment has no width; expected one of: "
+            f"{', '.join(map(str, widths))}.\nGive width, too: the number of parameters is then as it comes."
+        )
+    return widths[depth]
+
+
 def if_has(arch: str, key: str, value: Any) -> Any:
     """The value where this architecture has a key of that name, else null: for yamls that serve all architectures."""
     return value if arch in own_keys("models").get(key, {}) else None
@@ -221,6 +235,7 @@ OmegaConf.register_new_resolver("revtrain.token", lambda: secrets.token_hex(3), 
 OmegaConf.register_new_resolver("revtrain.sweep_name", sweep_name, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("revtrain.job_name", job_name, replace=True)
 OmegaConf.register_new_resolver("revtrain.of_arch", of_arch, replace=True)
+OmegaConf.register_new_resolver("revtrain.of_depth", of_depth, replace=True)
 OmegaConf.register_new_resolver("revtrain.if_has", if_has, replace=True)
 OmegaConf.register_new_resolver("revtrain.run_arch", run_arch, replace=True)
 for resolver in (sweeps.gpu_count, sweeps.parallel_jobs):

@@ -1,13 +1,13 @@
 """Draws Figures 10 to 13 of arXiv 1910.11127: the SNR along whole networks, and what it does to accuracy.
 
     python scripts/network_figures.py 10 12 data=imagefolder data.root=FOLDER      # at initialisation
-    revtrain -m experiment=fig11_depth data.root=FOLDER            # and fig11_slope, fig13_depth, fig13_slope
+    revtrain -m experiment=fig11_depth data.root=FOLDER            # and fig11_width, fig11_slope; fig13_...
     python scripts/network_figures.py 11 13 --runs outputs/sweeps                  # from the runs so far, at any time
     python scripts/network_figures.py precision data=imagefolder data.root=FOLDER  # a table: what 16 bit costs
 
 Each writes PNG, SVG and the numbers as CSV into docs/figures. Figures 10 and 12: width 32, 256 images, n = 0.2; lines
 are the theory of `numerics.theory` where it applies, markers measurements. Figures 11 and 13 are of the runs
-that have ended, averaged over seeds.
+that have ended, averaged over seeds; an experiment of which there are none keeps the rows that it has in the CSV.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ from revtrain.runs.read import Epoch, gather
 
 FIGURES = Path("docs/figures")
 CPU = torch.device("cpu")
+VARIED = {
+    "depth": "depth N (units of the trunk), at one number of parameters",
+    "width": "width c, at depth N = 6",
+    "slope": "negative slope n of LeakyReLU",
+}
 CHANCE = 10.0  # %, of ten classes: where a run that diverged is drawn
 COLOURS = ("#08519c", "#d95f02", "#41ab5d", "#7b3294")  # differ in grey, too, and for the colour-blind
 # curves of Figure 10: label, arch, what is changed
@@ -191,9 +196,25 @@ def over_seeds(runs: list[dict[str, Any]], experiment: str, key: str) -> list[di
     return rows
 
 
+def rows_before(path: Path, experiment: str) -> list[dict[str, Any]]:
+    """Rows of an experiment as `write` wrote them."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["experiment"] == experiment]
+    texts = ("experiment", "variant", "backward")
+    return [
+        {key: value if key in texts else float(value) if value else None for key, value in row.items() if key}
+        for row in rows
+    ]
+
+
 def draw_accuracy(figure: int, tables: dict[str, list[dict[str, Any]]]) -> Figure:
     name = "layer-wise" if figure == 11 else "hybrid"
-    picture, axes = plt.subplots(2, 2, figsize=(9, 6.4), sharex="col", sharey="row", layout="constrained")
+    columns = len(tables)
+    picture, axes = plt.subplots(
+        2, columns, figsize=(4.5 * columns, 6.4), sharex="col", sharey="row", layout="constrained", squeeze=False
+    )
     for column, (key, rows) in enumerate(tables.items()):
         for colour, variant in zip(COLOURS, sorted({row["variant"] for row in rows}), strict=False):
             for backward, style in (("store", "s--"), ("invert", "o-")):
@@ -205,9 +226,7 @@ def draw_accuracy(figure: int, tables: dict[str, list[dict[str, Any]]]) -> Figur
             for when, style in (("before", "o:"), ("after", "o-")):
                 invert = [row for row in rows if row["variant"] == variant and row["backward"] == "invert"]
                 _curve(axes[0, column], invert, key, f"snr_db_{when}", style, colour, f"{variant}, {when} training")
-        axes[1, column].set_xlabel(
-            "depth N (units of the trunk)" if key == "depth" else "negative slope n of LeakyReLU"
-        )
+        axes[1, column].set_xlabel(VARIED[key])
         if key == "slope":
             axes[1, column].set_xscale("log")
             ticks = sorted({row["slope"] for row in rows})
@@ -236,9 +255,9 @@ def _curve(axes: Axes, rows: list[dict], key: str, measure: str, style: str, col
 def table_of(tables: dict[str, list[dict[str, Any]]]) -> str:
     """Markdown: `invert` beside `store`, and how well it rebuilt."""
     lines = [
-        "| variant | | store % | invert % | gap, points | minimum SNR, dB (block inputs), before | after training "
-        "| least gradient cosine, before | after |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| variant | | seeds | store % | invert % | gap, points | minimum SNR, dB (block inputs), before "
+        "| after training | least gradient cosine, before | after |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for key, rows in tables.items():
         found = {(row["variant"], row[key], row["backward"]): row for row in rows}
@@ -248,7 +267,7 @@ def table_of(tables: dict[str, list[dict[str, Any]]]) -> str:
                 continue
             both = store["accuracy"] is not None and invert["accuracy"] is not None
             cells = [
-                variant, f"{key} {value:g}", *(_percent(row["accuracy"]) for row in (store, invert)),
+                variant, f"{key} {value:g}", f"{invert['seeds']:g}", _percent(store), _percent(invert),
                 f"{store['accuracy'] - invert['accuracy']:+.2f}" if both else "-",
                 *(_decibels(invert[f"snr_db_{w}"], invert[f"input_snr_db_{w}"]) for w in ("before", "after")),
                 *(_cosine(invert[f"cosine_{w}"]) for w in ("before", "after")),
@@ -257,8 +276,11 @@ def table_of(tables: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def _percent(value: float | None) -> str:
-    return "diverged" if value is None else f"{value:.2f}"
+def _percent(row: dict[str, Any]) -> str:
+    if row["accuracy"] is None:
+        return "diverged"
+    spread = "" if row["accuracy_sd"] is None else f" ± {row['accuracy_sd']:.2f}"
+    return f"{row['accuracy']:.2f}{spread}" + (f" ({row['diverged']:g} diverged)" if row["diverged"] else "")
 
 
 def _decibels(minimum: float | None, inputs: float | None) -> str:
@@ -336,11 +358,15 @@ def main(argv: list[str] | None = None) -> None:
     runs = read_runs(args.runs) if {"11", "13"} & set(figures) else []
     for figure, name in ((11, "fig11_layerwise_accuracy"), (13, "fig13_hybrid_accuracy")):
         if str(figure) in figures:
-            tables = {key: over_seeds(runs, f"fig{figure}_{key}", key) for key in ("depth", "slope")}
-            rows = [row for table in tables.values() for row in table]
-            if not rows:
-                parser.error(f"no completed run of experiment=fig{figure}_depth or fig{figure}_slope in "
+            found = {key: over_seeds(runs, f"fig{figure}_{key}", key) for key in VARIED}
+            if not any(found.values()):
+                parser.error(f"no completed run of experiment=fig{figure}_depth, _width or _slope in "
                              f"{', '.join(map(str, args.runs))}; run them first, see --help")  # fmt: skip
+            kept = {
+                key: rows or rows_before(args.out / f"{name}.csv", f"fig{figure}_{key}") for key, rows in found.items()
+            }
+            tables = {key: rows for key, rows in kept.items() if rows}
+            rows = [row for table in tables.values() for row in table]
             write(draw_accuracy(figure, tables), rows, args.out, name)
             (args.out / f"{name}.md").write_text(table_of(tables) + "\n")
             print(table_of(tables))

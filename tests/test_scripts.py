@@ -76,6 +76,27 @@ def test_images_of_figures_10_and_12_are_drawn_at_random():
     assert images.shape == (16, 3, 32, 32) and len(torch.unique(labels)) > 2
 
 
+def test_figures_11_and_13_keep_the_rows_of_experiments_that_were_not_run_again(tmp_path):
+    script = load("network_figures")
+    ends = {f"{name}_{when}": 0.9 for when in ("before", "after") for name in ("snr_db", "input_snr_db", "cosine")}
+    common = {"variant": "ours", "diverged": False, **ends}
+    runs = [
+        {**common, "experiment": f"fig13_{key}", key: value, "backward": backward, "seed": seed, "accuracy": 30 + seed}
+        for key, value in (("depth", 3), ("slope", 0.2))
+        for backward in ("store", "invert")
+        for seed in (0, 2)
+    ]
+    tables = {key: script.over_seeds(runs, f"fig13_{key}", key) for key in ("depth", "slope")}
+    script.write(script.draw_accuracy(13, tables), [*tables["depth"], *tables["slope"]], tmp_path, "fig")
+    before = {key: script.rows_before(tmp_path / "fig.csv", f"fig13_{key}") for key in ("depth", "slope", "width")}
+    assert before["width"] == [] and script.rows_before(tmp_path / "none.csv", "fig13_depth") == []
+    del before["width"]
+    assert script.table_of(before) == script.table_of(tables)
+    row = script.table_of(before).splitlines()[2]
+    assert row.startswith("| ours | depth 3 | 2 | 31.00 ± 1.41 | 31.00 ± 1.41 | +0.00 | 0.9 (0.9)")
+    script.draw_accuracy(13, before)
+
+
 def test_what_is_checked_on_a_gpu_is_counted_without_one(tmp_path, monkeypatch, capsys):
     script, output = load("gpu_check"), tmp_path / "deep" / "check.json"
     words = ["--device=cpu", "--archs=chunked", f"--output={output}", "depth=1", "pooling=[]", "width=4"]

@@ -43,6 +43,21 @@ def test_a_size_of_an_architecture_without_one_is_refused():
         revtrain.conf.of_arch("bottleneck", {"hybrid": 1})
 
 
+@pytest.mark.parametrize(("experiment", "depths"), [("fig11_depth", (3, 6, 9, 12)), ("fig13_depth", (3, 6, 12))])
+def test_figures_over_depth_are_at_one_number_of_parameters(experiment, depths):
+    counts = [
+        analytic_memory(compose(f"experiment={experiment}", "data.root=.", f"depth={depth}")).parameters
+        for depth in depths
+    ]
+    assert max(counts) <= 1.13 * min(counts)
+
+
+def test_a_depth_without_a_width_is_refused_unless_one_is_given():
+    with pytest.raises(RevtrainError, match=r"depth=5 .*\n?.*one of: 3, 6, 12"):
+        revtrain.conf.of_depth(5, {3: 24, 6: 16, 12: 12})
+    assert compose("experiment=fig13_depth", "data.root=.", "depth=5", "width=8").width == 8
+
+
 def test_the_size_gives_way_to_the_command_line():
     cfg = compose("arch=hybrid", "size=700k", "width=8", "scale=small")
     assert (cfg.width, cfg.depth, cfg.epochs) == (8, 12, 3)

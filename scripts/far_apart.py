@@ -1,6 +1,6 @@
 """A task that patches cannot solve: one reversible network on whole images, and on patches of them.
 
-    python scripts/far_apart.py                          # both, and what else would see the whole image: some minutes
+    python scripts/far_apart.py --seeds 0 1 --processes 2      # both, and what else sees the whole image: half an hour
     python scripts/far_apart.py --stages 256,256,4,0.01 --out FILE     # a small trial
     python scripts/far_apart.py --seeds                  # memory and time anew, accuracies as they are
 
@@ -27,6 +27,7 @@ import argparse
 import csv
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -40,11 +41,13 @@ from revtrain.memory.live import LiveStorages
 from revtrain.models import build_model
 
 OUT = Path(__file__).resolve().parents[1] / "docs/figures/far_apart.csv"
-NETWORK = "arch=chunked width=2 depth=8 expansion=[1] pooling=[channel,batch,channel,batch,batch,batch,batch]"
+NETWORK = (
+    "arch=chunked width=2 depth=10 expansion=[1] pooling=[channel,batch,channel,batch,channel,batch,batch,batch,batch]"
+)
 MIB = 2**20
-# Side in pixels, images, batch, greatest learning rate. At 1,024 x 1,024 some hundred images have taught this network
-# nothing so far, neither from scratch nor after smaller ones.
-STAGES = ((256, 256, 4, 0.01),)
+# Side in pixels, images, batch, greatest learning rate. The last stage has 2 x 2 values, and channels enough: with two
+# channel poolings, a quarter of them, the network needs several times as many images.
+STAGES = ((1024, 256, 4, 0.01),)
 SETTLING = 16  # images that the batch norms' running statistics are taken of in the end
 COLUMNS = (
     "trained on", "backward pass", "test accuracy, %", "gradient of", "difference", "bytes/px", "peak, MiB",
@@ -153,6 +156,7 @@ def trained_accuracy(args: argparse.Namespace, seed: int, patches: bool) -> floa
     least = 2 ** len(compose(args.network.split()).pooling)  # pixels a side that the poolings divide
     plan = [each for each in args.stages if not each[0] // (2 if patches else 1) % least]
     torch.manual_seed(seed)
+    torch.set_num_threads(1)
     begin, model = time.process_time(), network(args.network, plan[0][0] // (2 if patches else 1))
     for number, (side, images, batch, rate) in enumerate(plan):
         last = number == len(plan) - 1
@@ -277,6 +281,7 @@ def main(argv: list[str] | None = None) -> None:
         "--repeats", type=int, default=2, help="timed steps (2); 0: leave memory and time as they are in the file"
     )
     parser.add_argument("--network", default=NETWORK, help="words of revtrain")
+    parser.add_argument("--processes", type=int, default=1, help="trainings at a time, one thread each (1)")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -288,9 +293,17 @@ def main(argv: list[str] | None = None) -> None:
         measured.append([trained_on, backward, *measured_row(args.network, args.side, trained_on, make, args.repeats)])
         print("  ".join(measured[-1]), flush=True)
     write(args, measured, found)
-    for seed in args.seeds:
-        for trained_on, percents in found.items():
-            percents.append(f"{trained_accuracy(args, seed, trained_on == 'patches'):.1f}")
+    with ProcessPoolExecutor(args.processes) as pool:
+        trainings = {
+            pool.submit(trained_accuracy, args, seed, trained_on == "patches"): (trained_on, seed)
+            for seed in args.seeds
+            for trained_on in found
+        }
+        percent_of: dict[str, dict[int, str]] = {trained_on: {} for trained_on in found}
+        for training in as_completed(trainings):
+            trained_on, seed = trainings[training]
+            percent_of[trained_on][seed] = f"{training.result():.1f}"
+            found[trained_on] = [percent for _, percent in sorted(percent_of[trained_on].items())]
             write(args, measured, found)
 
 

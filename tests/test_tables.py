@@ -17,6 +17,9 @@ from revtrain.errors import RevtrainError
 from revtrain.memory.macs import CountMacs
 from revtrain.models import analytic_memory
 from revtrain.planning.predict import predict_step_memory
+from revtrain.report.group import Group
+from revtrain.report.paper import Row
+from revtrain.runs.read import Epoch, Run
 from revtrain.training.run import train
 
 CONF = Path(revtrain.conf.__file__).parent
@@ -132,3 +135,18 @@ def test_the_report_has_the_papers_layout(tmp_path, capsys):
     large = analytic_memory(compose("arch=hybrid", "size=180k")).bytes_per_pixel
     assert float(cells[1]["bytes/px"]) == pytest.approx(large, abs=0.5), "not that of the run's 16 images"
     assert float(cells[0]["MiB at 512"]) == pytest.approx(512 * 1024 * 588 / 2**20, rel=0.1)
+
+
+def test_time_is_that_of_the_fastest_epoch_of_all_runs():
+    def run(epoch: Epoch) -> Run:
+        return Run(Path(), "completed", None, {}, [epoch], 1, 0.0, images_per_second=10.0)
+
+    def group(*epochs: Epoch) -> Group:
+        return Group(1, "chunked", {}, "", [], [run(each) for each in epochs])
+
+    def epoch(images: float | None, seconds: float | None) -> Epoch:
+        return Epoch(1, train_images=images, train_seconds=seconds)
+
+    slow, fast = group(epoch(100, 50), epoch(100, 2), epoch(None, None)), group(epoch(100, 1), epoch(100, 400))
+    assert Row(slow, None, fast).relative_time == 2
+    assert Row(group(epoch(None, None)), None, fast).relative_time == 10  # only the whole run's rate is known

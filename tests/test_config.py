@@ -55,7 +55,7 @@ def test_the_groups_are_those_of_the_schema():
 
 
 def test_the_scale_of_a_figure_is_one_word():
-    small, full = (compose(["experiment=fig11_depth", *words]) for words in ([], ["scale=full"]))
+    small, full = (compose(["experiment=fig11_slope", *words]) for words in ([], ["scale=full"]))
     assert (small.width, small.epochs, small.data.train_limit) == (8, 3, 2000)
     assert (full.width, full.epochs, full.batch, full.data.train_limit) == (32, 40, 512, None)
     assert full.arch == "layerwise" and full.data.name == "imagefolder"

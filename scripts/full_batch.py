@@ -64,9 +64,9 @@ def main(argv: list[str] | None = None) -> None:
     count = min(args.images or len(data.train.labels), len(data.train.labels))
     predicted = StepPredictor(cfg, len(data.classes), data.image_size)(count)
     print(
-        f"{cfg.arch}, width {cfg.width}, depth {cfg.depth}: {count:,} images of {data.image_size}x{data.image_size} "
+        f"{cfg.arch}, width {cfg.width}, depth {cfg.depth}: {count:,} images of {data.image_size} "
         f"in one batch\nplanned    {predicted.peak / MIB:,.1f} MiB at the peak, "
-        f"{predicted.peak / count / data.image_size**2:.1f} bytes per pixel with weights and all",
+        f"{predicted.peak / count / data.image_size.pixels:.1f} bytes per pixel with weights and all",
         flush=True,
     )
     torch.manual_seed(cfg.seed)

@@ -228,7 +228,7 @@ def test_synthetic_is_balanced_and_deterministic_from_its_seed():
     first, again, other = (load_data(changed(SMALL, seed=seed)) for seed in (3, 3, 4))
     assert_sound(first.train, 203, 32, 10)
     assert_sound(first.test, 100, 32, 10)
-    assert first.image_size == 32 and len(set(first.classes)) == 10
+    assert first.image_size == (32, 32) and len(set(first.classes)) == 10
     assert torch.bincount(first.test.labels).tolist() == [10] * 10
     for split in ("train", "test"):
         a, b, c = (getattr(data, split) for data in (first, again, other))
@@ -241,11 +241,34 @@ def test_synthetic_is_balanced_and_deterministic_from_its_seed():
 
 
 def test_synthetic_images_have_the_size_asked_for():
-    assert load_data(replace(SMALL, image_size=48)).image_size == 48
+    assert load_data(replace(SMALL, image_size=48)).image_size == (48, 48)
+    wide = load_data(replace(SMALL, image_size=[24, 40]))
+    assert wide.image_size == (24, 40) and wide.train.images.shape[-2:] == (24, 40)
+    tall = load_data(replace(SMALL, image_size=[40, 24])).train
+    assert not torch.equal(wide.train.images.transpose(2, 3), tall.images)
+
+
+def test_the_smaller_side_of_a_synthetic_image_holds_the_shape():
+    """Shapes keep their form: a disc is as tall as it is wide."""
+    square, wide = (load_data(replace(SMALL, image_size=size)) for size in (32, [32, 64]))
+    assert torch.equal(square.train.labels, wide.train.labels)
+    # whatever lies beyond the square in the middle is ground, stroke and specks: less of it is the shape's colour
+    outside = torch.cat([wide.train.images[..., :8], wide.train.images[..., 56:]], -1).float()
+    inside = wide.train.images[..., 24:40].float()
+    assert inside.std((1, 2, 3)).mean() > outside.std((1, 2, 3)).mean()
 
 
 @pytest.mark.parametrize(
-    "change", [{"image_size": 8}, {"image_size": 0}, {"seed": -1}, {"train_images": 9}, {"test_images": 0}]
+    "change",
+    [
+        {"image_size": 8},
+        {"image_size": 0},
+        {"image_size": [32, 8]},
+        {"image_size": [0, 32]},
+        {"seed": -1},
+        {"train_images": 9},
+        {"test_images": 0},
+    ],
 )
 def test_synthetic_refuses(change):
     key, value = next(iter(change.items()))
@@ -315,7 +338,7 @@ def test_far_apart_is_balanced_and_deterministic_from_its_seed():
     first, again, other = (load_data(changed(APART, seed=seed)) for seed in (3, 3, 4))
     assert_sound(first.train, 40, 64, 2)
     assert_sound(first.test, 20, 64, 2)
-    assert first.image_size == 64 and first.classes == ("different", "same")
+    assert first.image_size == (64, 64) and first.classes == ("different", "same")
     for split in ("train", "test"):
         a, b, c = (getattr(data, split) for data in (first, again, other))
         assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
@@ -333,6 +356,15 @@ def test_far_apart_has_its_class_in_both_marks_and_in_neither_alone():
     # all three counts of two by two are alike: the label, given one mark, is as likely 0 as 1
     for first, second in ((left, right), (left, split.labels), (right, split.labels)):
         assert torch.bincount(2 * first + second).tolist() == [10] * 4
+
+
+def test_far_apart_keeps_its_marks_apart_in_a_rectangle():
+    split = load_data(replace(APART, image_size=[32, 128])).train
+    left, right = marks_of(split, slice(0, 32)), marks_of(split, slice(96, 128))
+    assert split.images.shape[-2:] == (32, 128) and torch.equal((left == right).long(), split.labels)
+    middle = split.images[..., 32:96].int() - far_apart.GREY
+    assert middle.abs().max() <= far_apart.NOISE
+    refused(replace(APART, image_size=[32, 100]), "data.image_size=[32, 96]")
 
 
 def test_far_apart_shows_a_patch_of_half_the_side_one_mark_at_most():
@@ -421,7 +453,7 @@ def test_image_size_resizes_the_shorter_side_and_crops_the_centre(cfg, folder):
     wide[:, 28:] = (0, 0, 255)
     Image.fromarray(wide).save(folder / "train" / "cat" / "0.png")
     data = load_data(replace(cfg, image_size=8))
-    assert data.image_size == 8
+    assert data.image_size == (8, 8)
     assert data.train.images[0, :, :, 1:-1].max() == 0  # smoothing lets the outermost columns see a pixel beyond
     assert data.train.images[1].float().std() > 0
 
@@ -534,8 +566,36 @@ def test_odd_sizes_are_refused_with_a_remedy(cfg, folder):
     refused(cfg, str(path), "14x14", "12x12", "data.image_size=32")
     first = folder / "train" / "cat" / "0.png"
     Image.new("RGB", (14, 10)).save(first)
-    refused(cfg, str(first), "14x10", "square", "data.image_size=32")
-    assert load_data(replace(cfg, image_size=32)).image_size == 32
+    refused(cfg, "is 12x12 pixels, but the first one is 14x10", "data.image_size=32")
+    assert load_data(replace(cfg, image_size=32)).image_size == (32, 32)
+    assert load_data(replace(cfg, image_size=[16, 32])).image_size == (16, 32)
+
+
+def test_rectangles_of_one_size_are_taken_as_they_are(cfg, folder):
+    pictures = {}
+    for path in folder.rglob("*.png"):
+        pictures[path] = np.random.default_rng(len(pictures)).integers(0, 256, (10, 14, 3), np.uint8)
+        Image.fromarray(pictures[path]).save(path)
+    data = load_data(cfg)
+    assert data.image_size == (10, 14)
+    first = folder / "train" / "cat" / "0.png"
+    assert np.array_equal(data.train.images[0].numpy(), pictures[first].transpose(2, 0, 1))
+    # one that its camera held upright lies on its side in the file
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(pictures[first], 1)).save(first, exif=exif)
+    assert np.array_equal(load_data(cfg).train.images[0].numpy(), pictures[first].transpose(2, 0, 1))
+    Image.fromarray(np.rot90(pictures[first], 1)).save(first)
+    refused(cfg, "10x14", "14x10")
+
+
+def test_a_rectangle_is_covered_and_the_rest_cut_off(cfg, folder):
+    tall = np.zeros((40, 16, 3), np.uint8)
+    tall[:16], tall[24:] = (255, 0, 0), (0, 0, 255)  # only what lies outside of the 8 rows in the middle is coloured
+    Image.fromarray(tall).save(folder / "train" / "cat" / "0.png")
+    data = load_data(replace(cfg, image_size=[4, 8]))
+    assert data.train.images.shape[-2:] == (4, 8)
+    assert data.train.images[0, :, 1:-1].max() == 0  # smoothing lets the outermost rows see a pixel beyond
 
 
 def test_more_than_eight_bits_are_refused(cfg, folder):

@@ -14,6 +14,7 @@ from revtrain.config.door import (
     schema,
     sections,
 )
+from revtrain.config.image_size import ImageSize
 from revtrain.config.keys import Key, absolute, did_you_mean, key, keys_of, word
 from revtrain.config.memory_size import parse_memory
 from revtrain.config.schema import (
@@ -33,6 +34,7 @@ __all__ = [
     "Config",
     "CouplingSettings",
     "DataConfig",
+    "ImageSize",
     "InvertibleSettings",
     "Key",
     "Machine",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, field, fields, make_dataclass, replace
+from dataclasses import MISSING, Field, asdict, field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Optional, cast, get_type_hints
@@ -82,6 +82,8 @@ def _schema_fields(part: type) -> list[tuple[str, Any, Any]]:
         if item.name != "own":
             # what must be given by a yaml, as depth is by each architecture's, is null before that
             kind = Optional[hints[item.name]] if item.default is None else hints[item.name]
+            if item.metadata.get("rule") is not None and item.metadata["rule"].count is not None:
+                kind = Any  # OmegaConf knows no choice between a number and a list
             found.append((item.name, kind, _same_default(item)))
     return found
 
@@ -191,7 +193,7 @@ def _of(part: type, values: Mapping[str, Any], prefix: str = "") -> dict[str, An
         if item.name == "own" or item.name not in values:
             continue
         value, name = values[item.name], prefix + item.name
-        if isinstance(value, Mapping):
+        if is_dataclass(hints[item.name]) and isinstance(value, Mapping):
             found[item.name] = hints[item.name](**_of(hints[item.name], value, f"{name}."))
             continue
         key = keys_of(part, prefix)[name]

@@ -37,6 +37,7 @@ class Rule:
     below: float | None = None
     at_most: float = LARGEST_INT
     remark: str = ""
+    count: int | None = None  # of a list of numbers, which may stand for a number
     shown: str | None = None  # the default in `--help`; None: as it is
     path: bool = False  # the value names a file or folder; a relative one means where the command was typed
 
@@ -93,6 +94,9 @@ def in_words(key: Key) -> str:
     """What a value of `key` must be, in words."""
     if key.takes_auto:
         return "a number, or auto" if float in key.types else "a whole number, or auto"
+    if key.rule.count is not None:
+        numbers = ",".join(["480", "640", "64"][: key.rule.count])
+        return f"a whole number, a list of {key.rule.count}, as in {key.name}=[{numbers}], or null"
     if get_origin(key.types[0]) is list:
         return f"a list, as in {key.name}=[{','.join(key.rule.choices[:2]) or '1,2'}]"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -151,11 +155,14 @@ def check(key: Key, value: Any, choices: Iterable[str] | None = None) -> None:
     elif float in key.types and not isinstance(value, str):
         _check_number(key, value)
     elif int in key.types and not isinstance(value, str | bool):
-        _check_whole_number(key, value)
+        for each in value if isinstance(value, list) else [value]:
+            _check_whole_number(key, each)
 
 
 def _has_type(key: Key, value: Any) -> bool:
     kinds = tuple(get_origin(kind) or kind for kind in key.types)
+    if key.rule.count is not None and isinstance(value, list):
+        return len(value) == key.rule.count and all(type(each) is int for each in value)
     return isinstance(value, (*kinds, int) if float in kinds else kinds)
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Generic, Optional, TypeVar, Union  # OmegaConf reads Optional[...] and Union[...]
 
+from revtrain.config.image_size import ImageSize
 from revtrain.config.keys import key
 
 LARGEST_SEED = 2**63 - 1  # of torch's generators
@@ -154,12 +155,19 @@ class DataConfig(Generic[Own]):
     name: str = key("synthetic", "data set, chosen by the group data")
     root: Optional[str] = key(None, "folder of the images or of the archive", path=True)
     cache: Optional[str] = key(None, "folder for decoded images; null: the user's cache folder", path=True)
-    image_size: Optional[int] = key(None, "side in pixels; null: as the images are", at_least=1)
+    image_size: int | list[int] | None = key(
+        None, "side in pixels, or [height,width]; null: as the images are", at_least=1, count=2
+    )
     classes: Optional[int] = key(None, "number of classes; null: as many as the data set has", at_least=2)
     train_limit: Optional[int] = key(None, "so many training images, balanced over the classes; null: all", at_least=1)
     test_limit: Optional[int] = key(None, "so many test images; null: all", at_least=1)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     own: Own = field(default=None)  # type: ignore[assignment]  # filled in by `revtrain.config.read`
+
+    @property
+    def size(self) -> ImageSize | None:
+        """Of the images; None: as they are."""
+        return None if self.image_size is None else ImageSize.of(self.image_size)
 
 
 @dataclass

@@ -15,6 +15,7 @@ of all of them before torch is there.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -53,7 +54,7 @@ class Facts(NamedTuple):
     """What is known of a data set before it is looked at; None: not known."""
 
     classes: int | None = None
-    image_size: int | None = None  # side in pixels
+    image_size: int | Sequence[int] | None = None  # side in pixels, or [height, width]
     training_images: int | None = None
 
 

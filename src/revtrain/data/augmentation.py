@@ -6,11 +6,13 @@ that a run sees the same images on every device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from revtrain.config import ImageSize
 from revtrain.errors import RevtrainError
 
 
@@ -19,7 +21,7 @@ class Draws(NamedTuple):
 
     offsets: Tensor  # (B, 2) int64: top and left of the crop in the padded image, 0 .. 2*pad
     flips: Tensor  # (B,) bool: mirror left and right
-    centres: Tensor  # (B, 2) int64: row and column of the cutout's centre, 0 .. image_size-1
+    centres: Tensor  # (B, 2) int64: row and column of the cutout's centre, within the image
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -28,8 +30,8 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return images.float().div_(255).sub_(mean).div_(std)
 
 
-def draw_augmentation(batch: int, image_size: int, cfg: Any, generator: torch.Generator) -> Draws:
-    """The choices for `batch` images of `image_size` pixels a side, from a CPU generator.
+def draw_augmentation(batch: int, image_size: int | Sequence[int], cfg: Any, generator: torch.Generator) -> Draws:
+    """The choices for `batch` images of `image_size`, a side or [height, width] in pixels, from a CPU generator.
 
     `cfg` is the `data.augment` node. The same numbers are drawn whatever is switched off, so that switching
     one kind of augmentation off leaves the others as they were.
@@ -37,16 +39,20 @@ def draw_augmentation(batch: int, image_size: int, cfg: Any, generator: torch.Ge
     Raises:
         RevtrainError: a pad that reflection cannot fill, or a negative pad or cutout.
     """
-    if not 0 <= cfg.pad < image_size:
+    size = ImageSize.of(image_size)
+    if not 0 <= cfg.pad < min(size):
         raise RevtrainError(
-            f"data.augment.pad={cfg.pad} does not fit images of {image_size} pixels a side.\n"
-            f"Reflection can fill 0 to {image_size - 1} pixels; 0 switches the crop off."
+            f"data.augment.pad={cfg.pad} does not fit images of {size} pixels.\n"
+            f"Reflection can fill 0 to {min(size) - 1} pixels; 0 switches the crop off."
         )
     if cfg.cutout < 0:
         raise RevtrainError(f"data.augment.cutout={cfg.cutout} is no side in pixels.\nGive 0 (off) or more.")
     offsets = torch.randint(0, 2 * cfg.pad + 1, (batch, 2), generator=generator)
     flips = torch.rand(batch, generator=generator) < (0.5 if cfg.flip else 0.0)
-    centres = torch.randint(0, image_size, (batch, 2), generator=generator)
+    if size.height == size.width:
+        centres = torch.randint(0, size.width, (batch, 2), generator=generator)
+    else:
+        centres = torch.stack([torch.randint(0, side, (batch,), generator=generator) for side in size], 1)
     return Draws(offsets, flips, centres)
 
 

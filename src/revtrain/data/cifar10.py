@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from revtrain.config import DataConfig, key
+from revtrain.config import DataConfig, ImageSize, key
 from revtrain.data import Facts, user_cache
 from revtrain.errors import RevtrainError, printable
 from revtrain.machine import files
@@ -59,7 +59,7 @@ def load(cfg: DataConfig[Settings]) -> tuple[Split, Split, list[str]]:
 
     root = _folder(cfg)
     try:
-        return _read(root, cfg.image_size)
+        return _read(root, cfg.size)
     except RuntimeError:  # torchvision's word for absent or damaged batches
         pass
     except OSError as error:
@@ -76,7 +76,7 @@ def load(cfg: DataConfig[Settings]) -> tuple[Split, Split, list[str]]:
             f"CIFAR-10 cannot be kept in {printable(root)}: {error.strerror or error}.\n"
             "Give a folder that can be written, with room for 400 MB: data.root=PATH."
         ) from error
-    return _read(root, cfg.image_size)
+    return _read(root, cfg.size)
 
 
 def _folder(cfg: DataConfig[Settings]) -> Path:
@@ -93,30 +93,29 @@ def _folder(cfg: DataConfig[Settings]) -> Path:
     return cache / "cifar10"
 
 
-def _read(root: Path, image_size: int | None) -> tuple[Split, Split, list[str]]:
+def _read(root: Path, size: ImageSize | None) -> tuple[Split, Split, list[str]]:
     """The extracted batches, their checksums verified by torchvision (RuntimeError where they fail)."""
     from torchvision.datasets import CIFAR10
 
     train, test = (CIFAR10(root, train=train, download=False) for train in (True, False))
-    return _split(train, image_size), _split(test, image_size), list(train.classes)
+    return _split(train, size), _split(test, size), list(train.classes)
 
 
-def _split(source: CIFAR10, image_size: int | None) -> Split:
+def _split(source: CIFAR10, size: ImageSize | None) -> Split:
     import torch
 
     from revtrain.data import Split
 
     images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
-    if image_size is not None and image_size != images.shape[-1]:
-        images = _resize(images, image_size)
+    if size is not None and size != images.shape[-2:]:
+        images = _resize(images, size)
     return Split(images, torch.tensor(source.targets))
 
 
-def _resize(images: Tensor, image_size: int) -> Tensor:
+def _resize(images: Tensor, size: ImageSize) -> Tensor:
     import torch
     import torch.nn.functional as F
 
-    size = (image_size, image_size)
     return torch.cat([F.interpolate(c, size, mode="bilinear", antialias=True) for c in images.split(4096)])
 
 

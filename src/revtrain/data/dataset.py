@@ -6,6 +6,7 @@ B images of a batch, N images of a split, H = W pixels a side.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revtrain.config import DataConfig, registry
+from revtrain.config import DataConfig, ImageSize, registry
 from revtrain.errors import RevtrainError
 
 # Subsets are the same in every run, whatever its seed: two runs on 1,000 images see the same 1,000.
@@ -45,9 +46,9 @@ class Dataset:
     std: Tensor
 
     @property
-    def image_size(self) -> int:
-        """Side of the square images, in pixels."""
-        return self.train.images.shape[-1]
+    def image_size(self) -> ImageSize:
+        """Of all images, in pixels."""
+        return ImageSize(*self.train.images.shape[-2:])
 
 
 def load_data(cfg: DataConfig[Any]) -> Dataset:
@@ -70,7 +71,7 @@ def load_data(cfg: DataConfig[Any]) -> Dataset:
             f"{str(error).partition(chr(10))[0]}\n"
             f"Install torch and torchvision together, from one index; data={', '.join(free)} needs no torchvision."
         ) from error
-    if cfg.image_size is not None and cfg.image_size < 1:
+    if cfg.size is not None and min(cfg.size) < 1:
         raise RevtrainError(f"data.image_size={cfg.image_size} is no number of pixels.\nGive 1 or more, or null.")
 
     train, test, classes = source.load(cfg)
@@ -103,21 +104,22 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), variance.sqrt().clamp(min=1 / 255).float()
 
 
-def check_room(count: int, side: int, what: str) -> None:
+def check_room(count: int, image_size: int | Sequence[int], what: str) -> None:
     """Refuse images that would not fit into the memory of this machine.
 
     Args:
         count: of images, 3 bytes a pixel.
-        side: of the square images, in pixels.
+        image_size: side in pixels, or [height, width].
         what: where they come from.
 
     Raises:
         RevtrainError: they need more than there is.
     """
-    needed, there = count * 3 * side * side, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    size = ImageSize.of(image_size)
+    needed, there = count * 3 * size.pixels, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise RevtrainError(
-            f"{count} images of {side}x{side} pixels ({what}) need {needed / 2**30:,.1f} GiB; this machine has "
+            f"{count} images of {size} pixels ({what}) need {needed / 2**30:,.1f} GiB; this machine has "
             f"{there / 2**30:,.1f} GiB.\nUse smaller ones, as in data.image_size=32, or fewer."
         )
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from revtrain.config import DataConfig, key
+from revtrain.config import DataConfig, ImageSize, key
 from revtrain.data import Facts
 from revtrain.errors import RevtrainError
 
@@ -61,11 +61,12 @@ def load(cfg: DataConfig[Settings]) -> tuple[Split, Split, list[str]]:
 
     from revtrain.data import check_room
 
-    size = cfg.image_size or IMAGE_SIZE
-    if size % UNIT:
+    size = ImageSize.of(cfg.image_size or IMAGE_SIZE)
+    if size.height % UNIT or size.width % UNIT:
+        nearest = ImageSize(*(max(UNIT, round(side / UNIT) * UNIT) for side in size)).plain
         raise RevtrainError(
-            f"data.image_size={size} does not fit the marks, which are some sixteenths of the side tall and wide.\n"
-            f"Give a multiple of {UNIT}, such as data.image_size={max(UNIT, round(size / UNIT) * UNIT)}."
+            f"data.image_size={cfg.image_size} does not fit the marks, some sixteenths of a side tall and wide.\n"
+            f"Give a multiple of {UNIT}, such as data.image_size={nearest}."
         )
     if cfg.own.seed < 0:
         raise RevtrainError(f"data.seed={cfg.own.seed} is negative.\nGive 0 or more.")
@@ -80,8 +81,8 @@ def load(cfg: DataConfig[Settings]) -> tuple[Split, Split, list[str]]:
     return draw(cfg.own.train_images, size, train_stream), draw(cfg.own.test_images, size, test_stream), NAMES
 
 
-def draw(count: int, size: int, rng: np.random.Generator) -> Split:
-    """`count` images (count, 3, size, size), the pairs of kinds balanced and in random order."""
+def draw(count: int, size: ImageSize, rng: np.random.Generator) -> Split:
+    """`count` images (count, 3, H, W), the pairs of kinds balanced and in random order."""
     import numpy as np
     import torch
 
@@ -89,13 +90,13 @@ def draw(count: int, size: int, rng: np.random.Generator) -> Split:
 
     pairs = rng.permutation(np.arange(count) % PAIRS)
     kinds = pairs // 2, pairs % 2  # (count,) left, right
-    tall, wide, quarter = 8 * size // UNIT, 3 * size // UNIT, size // 4
-    images = np.empty((count, 3, size, size), np.uint8)
+    tall, wide, quarter = 8 * size.height // UNIT, 3 * size.width // UNIT, size.width // 4
+    images = np.empty((count, 3, *size), np.uint8)
     for index in range(count):
-        images[index] = rng.integers(GREY - NOISE, GREY + NOISE + 1, (3, size, size), np.uint8)
+        images[index] = rng.integers(GREY - NOISE, GREY + NOISE + 1, (3, *size), np.uint8)
         for side, kind in enumerate(kinds):
-            top, left = (int(each) for each in rng.integers(0, (size - tall + 1, quarter - wide + 1)))
-            left += side * (size - quarter)
+            top, left = (int(each) for each in rng.integers(0, (size.height - tall + 1, quarter - wide + 1)))
+            left += side * (size.width - quarter)
             mark = images[index, :, top : top + tall, left : left + wide]
             if kind[index]:
                 mark += np.uint8(CONTRAST)

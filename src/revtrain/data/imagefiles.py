@@ -28,8 +28,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
+from revtrain.config import ImageSize
 from revtrain.errors import RevtrainError, printable
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ SYSTEM_FOLDERS = frozenset(
     ("__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found",
      "__pycache__")
 )  # fmt: skip
+ON_ITS_SIDE = (5, 6, 7, 8)  # of the orientations of EXIF
 SHOWN = 3  # names in a message, of each kind
 SHOWN_SUFFIXES = 20
 
@@ -328,24 +330,31 @@ def say_remarks(said: dict[str, str]) -> None:
         log.warning("images     Pillow could read %d of them only in part, or with doubts: %s", len(said), text)
 
 
-def side_of(path: str) -> int:
-    """Side in pixels of a square image.
+def size_of(path: str) -> ImageSize:
+    """Height and width of an image, upright.
 
     Raises:
-        RevtrainError: it cannot be opened, or is not square.
+        RevtrainError: it cannot be opened.
     """
     with _opened(path) as image:
-        width, height = image.size
-    if width != height:
-        raise _wrong_size(path, width, height, "images must be square")
-    return width
+        return _upright(image)
 
 
-def pixels(path: str, side: int, resize: bool) -> np.ndarray:
-    """One image as RGB, upright, (3, side, side) uint8.
+def _upright(image: Image.Image) -> ImageSize:
+    """The size that it has when it is turned as its camera says; the pixels are not read."""
+    try:
+        lies = image.getexif().get(ExifTags.Base.Orientation) in ON_ITS_SIDE
+    except Exception:  # damaged; reading it will say so
+        lies = False
+    return ImageSize(image.width, image.height) if lies else ImageSize(image.height, image.width)
+
+
+def pixels(path: str, size: ImageSize, resize: bool) -> np.ndarray:
+    """One image as RGB, upright, (3, H, W) uint8.
 
     Args:
-        resize: bring the shorter side to `side` and cut out the centre; otherwise another size is refused.
+        size: H and W.
+        resize: let it just cover `size` and cut out the centre; otherwise another size is refused.
 
     Raises:
         RevtrainError: it cannot be read, is damaged, has more than 8 bits a channel, or another size.
@@ -358,15 +367,15 @@ def pixels(path: str, side: int, resize: bool) -> np.ndarray:
                 f"{printable(path)} has more than 8 bits a channel (PIL mode {image.mode}).\n"
                 "Convert it to 8 bits first."
             )
-        if not resize and image.size != (side, side):
-            raise _wrong_size(path, *image.size, f"the first one is {side}x{side} pixels")
+        if not resize and (own := _upright(image)) != size:
+            raise _wrong_size(path, own.width, own.height, f"the first one is {size.width}x{size.height} pixels")
         try:
             image = ImageOps.exif_transpose(image)
             if isinstance(image.info.get("transparency"), bytes):  # a palette's; Pillow would warn
                 image = image.convert("RGBA")
             image = image.convert("RGB")
             if resize:
-                image = ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
+                image = ImageOps.fit(image, (size.width, size.height), Image.Resampling.BILINEAR)
         except MemoryError:
             raise
         except Exception as error:  # the decoders raise nearly anything on a damaged file

@@ -11,11 +11,12 @@ import hashlib
 import logging
 import os
 import zipfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from revtrain.config import DataConfig
+from revtrain.config import DataConfig, ImageSize
 from revtrain.data import Facts, imagefiles, user_cache
 from revtrain.errors import RevtrainError, printable
 from revtrain.machine import files
@@ -56,8 +57,8 @@ def check(cfg: DataConfig[Any]) -> str:
 def load(cfg: DataConfig[Any]) -> tuple[Split, Split, list[str]]:
     """Training set, test set and class names of the folder `data.root`.
 
-    All images must be square and of one size, unless `data.image_size` is given: then the shorter side is
-    resized to it and the centre is cut out.
+    All images must be of one size, unless `data.image_size` is given: each is then resized until it just covers it,
+    and the centre is cut out.
 
     Raises:
         RevtrainError: missing or empty folders, differing classes, an image that cannot be used.
@@ -80,10 +81,10 @@ def load(cfg: DataConfig[Any]) -> tuple[Split, Split, list[str]]:
         )
     imagefiles.say_left_out(root, (train, test))
 
-    cache = _cache_file(cfg.cache, _fingerprint(root, train, test, cfg.image_size))
+    cache = _cache_file(cfg.cache, _fingerprint(root, train, test, cfg.size))
     arrays = _read_cache(cache, (len(train), len(test))) if cache else None
     if arrays is None:
-        arrays = _decode_all(root, train, test, cfg.image_size)
+        arrays = _decode_all(root, train, test, cfg.size)
         if cache:
             _write_cache(cache, arrays)
     return _split(arrays[0], train), _split(arrays[1], test), train.classes
@@ -114,10 +115,10 @@ def _few(names: list[str]) -> str:
 # ---- images of other folders, for a network that is trained already ----------------------------------------
 
 
-def load_labelled(folder: str | Path, image_size: int) -> tuple[Split, list[str]]:
+def load_labelled(folder: str | Path, image_size: int | Sequence[int]) -> tuple[Split, list[str]]:
     """Images and class names of FOLDER/test/CLASS/*, or of FOLDER/CLASS/* where there is no such folder.
 
-    Every image comes to `image_size` pixels a side as with `data.image_size`; nothing is cached.
+    Every image comes to `image_size` as with `data.image_size`; nothing is cached.
 
     Raises:
         RevtrainError: no folder, no images, or one that cannot be used.
@@ -127,7 +128,7 @@ def load_labelled(folder: str | Path, image_size: int) -> tuple[Split, list[str]
     source = _listing(root, OTHER)
     imagefiles.say_left_out(root, [source])
     with imagefiles.pillow_quiet() as said, ThreadPoolExecutor() as pool:
-        images, errors = _decode(source, image_size, True, pool)
+        images, errors = _decode(source, ImageSize.of(image_size), True, pool)
     imagefiles.refuse(errors, root)
     imagefiles.say_remarks(said)
     return _split(images, source), source.classes
@@ -152,8 +153,8 @@ def image_files(folder: str | Path) -> list[Path]:
     return [Path(path) for path in listing.images]
 
 
-def read_image(path: str | Path, image_size: int) -> torch.Tensor:
-    """One image as RGB, (3, image_size, image_size) uint8: the shorter side resized, the centre cut out.
+def read_image(path: str | Path, image_size: int | Sequence[int]) -> torch.Tensor:
+    """One image as RGB, (3, H, W) uint8, `image_size` H = W or [H, W]: resized to cover it, the centre cut out.
 
     Raises:
         RevtrainError: it is not an image, is damaged, or claims to be huge.
@@ -161,7 +162,7 @@ def read_image(path: str | Path, image_size: int) -> torch.Tensor:
     import torch
 
     with imagefiles.pillow_quiet() as said:
-        image = torch.from_numpy(imagefiles.pixels(str(path), image_size, resize=True).copy())
+        image = torch.from_numpy(imagefiles.pixels(str(path), ImageSize.of(image_size), resize=True).copy())
     imagefiles.say_remarks(said)
     return image
 
@@ -169,31 +170,33 @@ def read_image(path: str | Path, image_size: int) -> torch.Tensor:
 # ---- decoding ----------------------------------------------------------------------------------------------
 
 
-def _decode_all(root: Path, train: Listing, test: Listing, image_size: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _decode_all(
+    root: Path, train: Listing, test: Listing, image_size: ImageSize | None
+) -> tuple[np.ndarray, np.ndarray]:
     """uint8 arrays (N, 3, H, W) of both splits."""
     log.info("decoding %d images, once", len(train) + len(test))
     with imagefiles.pillow_quiet() as said, ThreadPoolExecutor() as pool:
-        side, resize = (image_size, True) if image_size else (imagefiles.side_of(train.images[0]), False)
-        (first, wrong), (second, also_wrong) = (_decode(source, side, resize, pool) for source in (train, test))
+        size, resize = (image_size, True) if image_size else (imagefiles.size_of(train.images[0]), False)
+        (first, wrong), (second, also_wrong) = (_decode(source, size, resize, pool) for source in (train, test))
     imagefiles.refuse([*wrong, *also_wrong], root)
     imagefiles.say_remarks(said)
     return first, second
 
 
 def _decode(
-    source: Listing, side: int, resize: bool, pool: ThreadPoolExecutor
+    source: Listing, size: ImageSize, resize: bool, pool: ThreadPoolExecutor
 ) -> tuple[np.ndarray, list[RevtrainError]]:
-    """uint8 (N, 3, side, side), and what is wrong with files that cannot be used; their pixels are undefined."""
+    """uint8 (N, 3, H, W), and what is wrong with files that cannot be used; their pixels are undefined."""
     import numpy as np
 
     from revtrain.data import check_room
 
-    check_room(len(source), side, printable(source.root))
-    images = np.empty((len(source), 3, side, side), np.uint8)
+    check_room(len(source), size, printable(source.root))
+    images = np.empty((len(source), 3, *size), np.uint8)
 
     def decode(index: int) -> RevtrainError | None:
         try:
-            images[index] = imagefiles.pixels(source.images[index], side, resize)
+            images[index] = imagefiles.pixels(source.images[index], size, resize)
         except RevtrainError as error:
             return error
         return None
@@ -221,8 +224,8 @@ def _cache_file(folder: str | None, name: str) -> Path | None:
     return cache / "imagefolder" / f"{name}.npz"
 
 
-def _fingerprint(root: Path, train: Listing, test: Listing, image_size: int | None) -> str:
-    digest = hashlib.sha256(f"{CACHE_FORMAT} {image_size}\n".encode())
+def _fingerprint(root: Path, train: Listing, test: Listing, size: ImageSize | None) -> str:
+    digest = hashlib.sha256(f"{CACHE_FORMAT} {None if size is None else size.plain}\n".encode())
     for path in (*train.images, *test.images):
         try:
             status = os.stat(path)

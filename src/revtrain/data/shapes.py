@@ -1,13 +1,16 @@
 """The synthetic images: ten shapes over random textures, drawn in numpy by signed distance functions.
 
-Coordinates: the image spans -1..1 in both directions; a shape, in its own frame (u, v), fits the unit disc.
+Coordinates: the image spans -1..1 along its smaller side; a shape, in its own frame (u, v), fits the unit disc.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
+from revtrain.config import ImageSize
 from revtrain.data.dataset import Split
 
 HINT = (0.0, 0.7)  # least and greatest share of the class's colour in the colour of a shape
@@ -84,32 +87,34 @@ SHAPES = (disc, ring, square, triangle, star, cross, moon, bars, dots, checker)
 # ---- drawing ---------------------------------------------------------------------------------------------
 
 
-def draw(count: int, size: int, rng: np.random.Generator) -> Split:
-    """`count` images (count, 3, size, size), the classes balanced and in random order."""
+def draw(count: int, image_size: int | Sequence[int], rng: np.random.Generator) -> Split:
+    """`count` images (count, 3, H, W) of a side or of [H, W], the classes balanced and in random order."""
+    size = ImageSize.of(image_size)
     labels = rng.permutation(np.arange(count) % len(SHAPES))
-    images = np.empty((count, 3, size, size), np.uint8)
+    images = np.empty((count, 3, *size), np.uint8)
     for start in range(0, count, CHUNK):
         images[start : start + CHUNK] = _draw_chunk(labels[start : start + CHUNK], size, rng)
     return Split(torch.from_numpy(images), torch.from_numpy(labels))
 
 
-def _draw_chunk(labels: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    count = len(labels)
+def _draw_chunk(labels: np.ndarray, size: ImageSize, rng: np.random.Generator) -> np.ndarray:
+    count, smaller = len(labels), min(size)
 
     def uniform(low: float, high: float, *shape: int) -> np.ndarray:
         return rng.uniform(low, high, (count, *shape)).astype(np.float32)
 
     def paint(distance: np.ndarray, colour: np.ndarray) -> None:
         """Lay a colour (count, 3, 1, 1) over the canvas where the distance is negative, edges smoothed."""
-        cover = np.clip(0.5 - distance * (size / 2), 0, 1)[:, None]
+        cover = np.clip(0.5 - distance * (smaller / 2), 0, 1)[:, None]
         canvas[...] += cover * (colour - canvas)
 
-    axis = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
-    y, x = axis[None, :, None], axis[None, None, :]
+    # the smaller side spans -1..1
+    rows, columns = ((np.arange(side, dtype=np.float32) + 0.5) * (2 / smaller) - side / smaller for side in size)
+    y, x = rows[None, :, None], columns[None, None, :]
 
     # background: two colours mixed by two crossed waves
     ground, tint = uniform(0, 1, 3, 1, 1), uniform(-0.2, 0.2, 3, 1, 1)
-    wave = np.zeros((count, size, size), np.float32)
+    wave = np.zeros((count, *size), np.float32)
     for _ in range(2):
         angle, frequency, phase = uniform(0, np.pi, 1, 1), uniform(2, 12, 1, 1), uniform(0, 2 * np.pi, 1, 1)
         wave += np.sin(frequency * (np.cos(angle) * x + np.sin(angle) * y) + phase)
@@ -127,7 +132,7 @@ def _draw_chunk(labels: np.ndarray, size: int, rng: np.random.Generator) -> np.n
     left, top = x - uniform(-0.2, 0.2, 1, 1), y - uniform(-0.2, 0.2, 1, 1)
     u = (np.cos(angle) * left + np.sin(angle) * top) / scale
     v = (np.cos(angle) * top - np.sin(angle) * left) / scale
-    distance = np.empty((count, size, size), np.float32)
+    distance = np.empty((count, *size), np.float32)
     for label, shape in enumerate(SHAPES):
         own = labels == label
         distance[own] = shape(u[own], v[own])

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from revtrain.config import DataConfig, key
+from revtrain.config import DataConfig, ImageSize, key
 from revtrain.data import Facts
 from revtrain.errors import RevtrainError
 
@@ -48,9 +48,11 @@ def load(cfg: DataConfig[Settings]) -> tuple[Split, Split, list[str]]:
     from revtrain.data import check_room
     from revtrain.data.shapes import SHAPES, draw
 
-    size = cfg.image_size or IMAGE_SIZE
-    if size < 16:
-        raise RevtrainError(f"data.image_size={size} is too small for the synthetic shapes.\nGive 16 or more.")
+    size = ImageSize.of(cfg.image_size or IMAGE_SIZE)
+    if min(size) < 16:
+        raise RevtrainError(
+            f"data.image_size={cfg.image_size} is too small for the synthetic shapes.\nGive 16 or more."
+        )
     if cfg.own.seed < 0:
         raise RevtrainError(f"data.seed={cfg.own.seed} is negative.\nGive 0 or more.")
     for name in ("train_images", "test_images"):

@@ -123,7 +123,7 @@ def _images(trained: Trained, data: str | None) -> tuple[Split, list[str], str]:
     own = own_data(trained)
     if own.image_size != trained.image_size:
         raise RevtrainError(
-            f"The images of this run's data set now have {own.image_size} pixels a side; {trained.path} was trained "
+            f"The images of this run's data set now have {own.image_size} pixels; {trained.path} was trained "
             f"on {trained.image_size}.\nGive those it was trained on with --data FOLDER."
         )
     config = trained.config.data

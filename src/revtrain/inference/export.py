@@ -5,7 +5,7 @@ images (B, 3, H, W) float32 to logits (B, classes), any B. What the numbers mean
 
     revtrain     the version that wrote it
     classes      names, a JSON list
-    image_size   side in pixels
+    image_size   side in pixels, or [height, width]
     mean, std    a channel, JSON lists, in units of the full scale: an input is (image / 255 - mean) / std
     config       the resolved configuration of the run, JSON; `build_model` makes the network of it
 """
@@ -60,7 +60,7 @@ def export(trained: Trained, path: Path) -> float | None:
             f"--to {path} needs {' and '.join(missing)}, not installed here.\n"
             f"Install: pip install {' '.join(missing)} (revtrain's extra export has all that export can use)."
         )
-    images = torch.randn(3, 3, trained.image_size, trained.image_size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(3, 3, *trained.image_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = trained.rebuilt()(images)  # the chain, in float32
         with _quiet():
@@ -81,7 +81,7 @@ def metadata(trained: Trained) -> dict[str, str]:
     return {
         "revtrain": __version__,
         "classes": json.dumps(trained.classes),
-        "image_size": str(trained.image_size),
+        "image_size": json.dumps(trained.image_size.plain),
         "mean": json.dumps(trained.mean.tolist()),
         "std": json.dumps(trained.std.tolist()),
         "config": json.dumps(flat(trained.config)),
@@ -109,10 +109,9 @@ def _run_safetensors(trained: Trained, content: bytes, images: Tensor) -> Tensor
 
 
 def _program(trained: Trained, model: nn.Module) -> torch.export.ExportedProgram:
-    side = trained.image_size
     # two images: one alone would be taken for a constant
     return torch.export.export(
-        model, (torch.zeros(2, 3, side, side),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
+        model, (torch.zeros(2, 3, *trained.image_size),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revtrain.config import Config, read
+from revtrain.config import Config, ImageSize, read
 from revtrain.data import Dataset, normalise
 from revtrain.errors import RevtrainError
 from revtrain.machine import device as devices
@@ -30,7 +30,7 @@ class Trained:
     epoch: int  # epochs completed
     model: nn.Module  # in eval mode
     classes: tuple[str, ...]
-    image_size: int  # side in pixels
+    image_size: ImageSize
     mean: Tensor
     std: Tensor
     device: torch.device
@@ -83,12 +83,12 @@ def restore(path: str | Path, device: str = "cpu", averaged: bool = False) -> Tr
     return Trained(path, config, state["epoch"], model, names, size, mean, std, chosen)
 
 
-def _meaning(data: DataMeaning, count: int) -> tuple[tuple[str, ...], int, Tensor, Tensor]:
-    """Names of the `count` classes, side in pixels, mean and deviation."""
+def _meaning(data: DataMeaning, count: int) -> tuple[tuple[str, ...], ImageSize, Tensor, Tensor]:
+    """Names of the `count` classes, size of the images, mean and deviation."""
     mean, std = torch.tensor(data["mean"], dtype=torch.float32), torch.tensor(data["std"], dtype=torch.float32)
     if not (len(data["classes"]) == count and mean.shape == std.shape == (3,)):
         raise ValueError("number of classes or channels")
-    return tuple(map(str, data["classes"])), int(data["image_size"]), mean, std
+    return tuple(map(str, data["classes"])), ImageSize.of(data["image_size"]), mean, std
 
 
 def own_data(trained: Trained) -> Dataset:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from revtrain.config import ImageSize
 from revtrain.core.gradients import Gradients
 from revtrain.core.layer import InvertibleLayer
 from revtrain.errors import RevtrainError
@@ -277,13 +278,14 @@ def merge_sub_images(features: Tensor, sub_images: int) -> Tensor:
     return features if sub_images == 1 else features.view(-1, sub_images, features.shape[1]).mean(1)
 
 
-def check_pooling(pooling: Sequence[str], image_size: int) -> None:
-    """Raise `RevtrainError` unless `image_size` (pixels) can be halved once for each entry of `pooling`."""
-    divisor = 2 ** len(pooling)
-    if image_size % divisor:
-        nearest = max(divisor, round(image_size / divisor) * divisor)
+def check_pooling(pooling: Sequence[str], image_size: int | Sequence[int]) -> None:
+    """Raise `RevtrainError` unless images, of a side or of [height, width] in pixels, can be halved once for each entry
+    of `pooling`."""
+    divisor, size = 2 ** len(pooling), ImageSize.of(image_size)
+    if size.height % divisor or size.width % divisor:
+        nearest = ImageSize(*(max(divisor, round(side / divisor) * divisor) for side in size))
+        given = str(nearest.plain).replace(" ", "")
         raise RevtrainError(
-            f"Images of {image_size}x{image_size} pixels cannot be halved {len(pooling)} times "
-            f"(pooling={list(pooling)}).\n"
-            f"Expected a side that {divisor} divides: use data.image_size={nearest} or fewer pooling entries."
+            f"Images of {size} pixels cannot be halved {len(pooling)} times (pooling={list(pooling)}).\n"
+            f"Expected sides that {divisor} divides: use data.image_size={given} or fewer pooling entries."
         )

@@ -17,11 +17,11 @@ temporaries of a chunk, decide which moment peaks; `peak_bytes` follows that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from revtrain.config import Network
+from revtrain.config import ImageSize, Network
 
 # Which of the paper's equations a term belongs to. Within a network's own range the draft does not always keep
 # activations, local activations and gradients apart, so a term carries the range. Networks name theirs themselves.
@@ -131,19 +131,23 @@ class MemoryModel:
         """Bytes at the peak that do not grow with the batch, of one kind."""
         return sum(term.bytes for term in self.terms if term.kind == kind)
 
-    def peak_bytes(self, batch: int, image_size: int) -> int:
-        """Most bytes alive in forward and backward of `batch` images of `image_size` pixels a side."""
-        pixels = batch * image_size**2
+    def peak_bytes(self, batch: int, image_size: int | Sequence[int]) -> int:
+        """Most bytes alive in forward and backward of `batch` images of so many pixels a side, or [height, width]."""
+        pixels = batch * ImageSize.of(image_size).pixels
         return max(moment.fixed_bytes + round(moment.bytes_per_pixel * pixels) for moment in self.moments)
 
 
 def memory_model(
-    network: Network[Any], modules: Iterable[Module], image_size: int, momentum: float, averages: bool = False
+    network: Network[Any],
+    modules: Iterable[Module],
+    image_size: int | Sequence[int],
+    momentum: float,
+    averages: bool = False,
 ) -> MemoryModel:
     """The memory of a training step of a network with these modules, from the images to the loss.
 
     Args:
-        image_size: side of the images in pixels.
+        image_size: side of the images in pixels, or [height, width].
         momentum: of the optimizer; 0: it keeps nothing.
         averages: an average of the weights is kept (`ema_decay`).
     """
@@ -188,8 +192,8 @@ def _of_all_parameters(modules: tuple[Module, ...], momentum: float, averages: b
     return terms
 
 
-def _of_the_batch(value_bytes: int, image_size: int) -> list[Term]:
-    labels = LABEL_BYTES / image_size**2
+def _of_the_batch(value_bytes: int, image_size: int | Sequence[int]) -> list[Term]:
+    labels = LABEL_BYTES / ImageSize.of(image_size).pixels
     return [
         Term("images", EQ_STORED, "3 a", "activation", "global", 3 * value_bytes),
         Term("labels", EQ_STORED, "8 / (H W)", "activation", "global", labels),

@@ -16,11 +16,11 @@ A network that needs more of them says so in its own file. See `revtrain.memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from revtrain.config import CouplingSettings, InvertibleSettings, Network
+from revtrain.config import CouplingSettings, ImageSize, InvertibleSettings, Network
 from revtrain.memory.closed_form import (
     CONVOLUTION_BYTES,
     EQ_STORED,
@@ -314,7 +314,7 @@ def stem(symbols: Symbols, counters: int = 0) -> Module:
 def invertible_trunk(
     symbols: Symbols,
     classes: int,
-    image_size: int,
+    image_size: int | Sequence[int],
     units: Iterable[int],
     make_unit: Callable[[Stage, Term], Unit],
     equation: str,
@@ -359,11 +359,11 @@ def invertible_trunk(
 
 
 def _stored_readout(
-    symbols: Symbols, last: Stage, image_size: int, normalise: bool
+    symbols: Symbols, last: Stage, image_size: int | Sequence[int], normalise: bool
 ) -> tuple[tuple[Term, ...], tuple[Work, ...]]:
     """What the readout stores and needs under ordinary autograd."""
     values, v = last.values, symbols.v
-    pooled = values * 4**last.index / image_size**2
+    pooled = values * 4**last.index / ImageSize.of(image_size).pixels
     if not normalise:
         means = local("pooled features, their sum and their mean", EQ_STORED, "8 C S / (H W)", 2 * pooled * FLOAT)
         return (), (Work("forward", (means,)),)

@@ -17,7 +17,7 @@ of all of them before torch is there. Images are (B, 3, H, W), logits (B, classe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -37,7 +37,7 @@ class Images(NamedTuple):
     """What a network must know of the data."""
 
     classes: int
-    size: int  # side in pixels
+    size: int | Sequence[int]  # side in pixels, or [height, width]; see `revtrain.config.ImageSize`
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,17 @@ def advise_on_halves(network: Network[Any]) -> list[str]:
 
 
 def build_model(
-    cfg: DictConfig | Mapping[str, Any] | Config, classes: int | None = None, image_size: int | None = None
+    cfg: DictConfig | Mapping[str, Any] | Config,
+    classes: int | None = None,
+    image_size: int | Sequence[int] | None = None,
 ) -> nn.Module:
     """The network that the composed configuration `cfg` describes.
 
     Args:
         cfg: as `revtrain.conf.compose` or Hydra returns it, or a `revtrain.config.Config`.
         classes: number of classes; None: `data.classes`, or 10.
-        image_size: side of the images in pixels, to check the pooling; None: `data.image_size`, or 32.
+        image_size: side of the images in pixels, or [height, width], to check the pooling; None: `data.image_size`, or
+            32.
 
     Returns:
         A module from images (B, 3, H, W) float to logits (B, classes); its backward pass follows `backward`.
@@ -124,14 +127,14 @@ def build(network: Network[Any], images: Images) -> nn.Module:
 
 
 def analytic_memory(
-    cfg: DictConfig | Mapping[str, Any] | Config, classes: int = 10, image_size: int = 32
+    cfg: DictConfig | Mapping[str, Any] | Config, classes: int = 10, image_size: int | Sequence[int] = 32
 ) -> MemoryModel:
     """The memory of one training step of `cfg` in closed form, term by term.
 
     Args:
         cfg: as `build_model` takes it.
         classes: of the head.
-        image_size: side of the images in pixels.
+        image_size: side of the images in pixels, or [height, width].
 
     Raises:
         RevtrainError: an architecture whose file has no closed form.

@@ -8,7 +8,7 @@ launch more than one kernel for it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from revtrain.config import Config
+from revtrain.config import Config, ImageSize
 from revtrain.kernels.operator import LAUNCHES, planning_for
 from revtrain.machine import device as devices
 from revtrain.memory.macs import CountMacs
@@ -110,13 +110,13 @@ def fake_gpu() -> Iterator[None]:
         yield
 
 
-def step_cost(config: Config, batch: int, classes: int = 10, image_size: int = 32) -> StepCost:
+def step_cost(config: Config, batch: int, classes: int = 10, image_size: int | Sequence[int] = 32) -> StepCost:
     """The cost of one training step of `batch` images, without the optimizer's step."""
     precision = config.network.precision
     device = torch.device("cpu")
     with torch.random.fork_rng([]), fake_gpu():
         model = devices.weights_channels_last(build(config.network, Images(classes, image_size)).train())
-        images = torch.empty(batch, 3, image_size, image_size, dtype=devices.DTYPES[precision])
+        images = torch.empty(batch, 3, *ImageSize.of(image_size), dtype=devices.DTYPES[precision])
         labels = torch.zeros(batch, dtype=torch.int64)
         with Operations() as counting, CountMacs() as products:
             with devices.autocast(device, precision):

@@ -12,14 +12,14 @@ counts only as far as it is copied to a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
-from revtrain.config import Config, DataConfig, Network, parse_memory, read, registry
+from revtrain.config import Config, DataConfig, ImageSize, Network, parse_memory, read, registry
 from revtrain.data import Facts
 from revtrain.errors import RevtrainError
 from revtrain.machine import device as devices
@@ -52,14 +52,14 @@ class Plan:
     device: str
     batch: int  # of a step of the optimizer
     accumulate: int  # micro-batches of it
-    image_size: int
+    image_size: ImageSize
     classes: int
     training_images: int | None  # no batch is larger; None: not known
     parameters: int  # how many
     parameter_bytes: int  # running statistics included
     gradient_bytes: int  # of the parameters, as far as they exist at the peak
     optimizer_bytes: int
-    activation_bytes: int  # bytes_per_pixel * batch * image_size**2
+    activation_bytes: int  # bytes_per_pixel * batch * height * width
     bytes_per_pixel: float  # slope of the peak between this batch and another, much larger or smaller
     buffer_bytes: int  # of a step: which images it takes and how each is changed, loss and hits
     scratch_bytes: int  # what does not grow with the batch: temporaries of chunks, of the optimizer
@@ -86,7 +86,7 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain containers, for result.json."""
-        plain = asdict(self) | {"fits": self.fits}
+        plain = asdict(self) | {"fits": self.fits, "image_size": self.image_size.plain}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
 
     def table(self) -> str:
@@ -120,7 +120,7 @@ class Plan:
         rows += [("assumed", "", each) for each in self.assumptions]
         title = (
             f"plan: {self.arch}, width {self.width}, depth {self.depth}, backward={self.backward}, {self.precision}, "
-            f"{self.device}; batch {self.batch:,}{self._micro()} of {self.image_size}x{self.image_size}"
+            f"{self.device}; batch {self.batch:,}{self._micro()} of {self.image_size}"
         )
         rule = "-" * len(title)
         lines = [f"  {name:<14}  {value:>14}  {text}".rstrip() for name, value, text in rows]
@@ -133,7 +133,7 @@ class Plan:
         margin = f" and a margin of {_mib(self.margin_bytes)}" if self.margin_bytes else ""
         lines = [
             f"{asked} is too little for arch={self.arch} width={self.width} batch={self.batch}{self._micro()} at "
-            f"{self.image_size}x{self.image_size}:",
+            f"{self.image_size}:",
             f"a training step needs {_mib(self.peak_bytes + self.loop_bytes)}{margin}; the limit is {limit}.",
         ]
         if self.largest_batch:
@@ -174,7 +174,7 @@ def make_plan(
     cfg: DictConfig | Config,
     device: torch.device,
     classes: int | None = None,
-    image_size: int | None = None,
+    image_size: int | Sequence[int] | None = None,
     training_images: int | None = None,
 ) -> Plan:
     """The plan of a run, without its data.
@@ -196,7 +196,8 @@ def make_plan(
     assumptions: list[str] = []
     if classes is None or image_size is None:
         classes, image_size, training_images, assumptions = _without_data(config.data)
-    images = Images(classes, image_size)
+    size = ImageSize.of(image_size)
+    images = Images(classes, size)
     if given is not None:
         check_batch(given, training_images)
     limit = limit_bytes(config.machine.memory_limit, device)
@@ -206,13 +207,13 @@ def make_plan(
             "Add one, as in memory_limit=4GiB, or give a number, as in batch=512."
         )
     margin = margin_bytes(device, limit)
-    predict = StepPredictor(config, classes, image_size, planned_for=device.type)
+    predict = StepPredictor(config, classes, size, planned_for=device.type)
 
     def peak(batch: int) -> int:
         return predict(batch).peak
 
     def needed(batch: int, room: int = 0) -> int:
-        return peak(batch) + loop_bytes(config, device, batch, image_size, training_images, room)[0] + margin
+        return peak(batch) + loop_bytes(config, device, batch, size, training_images, room)[0] + margin
 
     largest = None
     if limit is not None:
@@ -223,7 +224,7 @@ def make_plan(
     batch = given or largest or LEAST_BATCH * unit  # where nothing fits, the numbers of the smallest batch say why
     fits = limit is None or needed(batch) <= limit
     room = max(0, limit - margin - peak(batch)) if limit is not None else 0
-    beside, holds_images = loop_bytes(config, device, batch, image_size, training_images, room)
+    beside, holds_images = loop_bytes(config, device, batch, size, training_images, room)
     plan = Plan(
         arch=network.arch,
         width=network.width or 0,
@@ -233,7 +234,7 @@ def make_plan(
         device=str(device),
         batch=batch,
         accumulate=unit,
-        image_size=image_size,
+        image_size=size,
         classes=classes,
         training_images=training_images,
         parameters=predict.parameters,
@@ -292,7 +293,7 @@ def _terms(predict: StepPredictor, batch: int) -> dict[str, Any]:
         "gradient_bytes": step.gradients + min(0, rest),  # a peak before the last gradients are there
         "optimizer_bytes": step.optimizer,
         "activation_bytes": activations,
-        "bytes_per_pixel": per_image / predict.image_size**2,
+        "bytes_per_pixel": per_image / predict.image_size.pixels,
         "buffer_bytes": step.buffers,
         "scratch_bytes": max(0, rest),
         "peak_bytes": step.peak,
@@ -322,7 +323,12 @@ def limit_bytes(memory_limit: str | None, device: torch.device) -> int | None:
 
 
 def loop_bytes(
-    config: Config, device: torch.device, batch: int, image_size: int, training_images: int | None, room: int = 0
+    config: Config,
+    device: torch.device,
+    batch: int,
+    image_size: int | Sequence[int],
+    training_images: int | None,
+    room: int = 0,
 ) -> tuple[int, bool]:
     """(bytes on the device that lie beside every step of a loop, whether all training images are among them).
 
@@ -333,7 +339,7 @@ def loop_bytes(
         training_images: None: not known; what depends on it is left out.
         room: what the step and the margin leave of the limit.
     """
-    image_bytes = 3 * image_size**2 + 8  # uint8, and the label
+    image_bytes = 3 * ImageSize.of(image_size).pixels + 8  # uint8, and the label
     count = training_images or 0
     losses = 4 * (count // batch) + 8  # and the hits
     if device.type == "cpu":
@@ -408,10 +414,10 @@ def largest_batch(peak: Callable[[int], int], budget: int, most: int, per_image:
 
 def _first_guess(config: Config, images: Images, budget: int) -> tuple[float, int]:
     """(bytes an image, largest batch) by the closed form; a guess where there is none."""
-    model = _closed_form(config, images)
+    model, pixels = _closed_form(config, images), ImageSize.of(images.size).pixels
     if model is None:
-        return 1024.0 * images.size**2, 64
-    lines = [(moment.bytes_per_pixel * images.size**2, moment.fixed_bytes) for moment in model.moments]
+        return 1024.0 * pixels, 64
+    lines = [(moment.bytes_per_pixel * pixels, moment.fixed_bytes) for moment in model.moments]
     batch = min((budget - fixed) / slope for slope, fixed in lines)
     return max(slope for slope, _ in lines), int(batch)
 
@@ -470,15 +476,15 @@ def _as_its_yaml_has_it(arch: str, like: Network[Any]) -> Network[Any] | None:
 # ---- the data, not looked at ---------------------------------------------------------------------
 
 
-def _without_data(data: DataConfig[Any]) -> tuple[int, int, int | None, list[str]]:
+def _without_data(data: DataConfig[Any]) -> tuple[int, ImageSize, int | None, list[str]]:
     """(classes, image size, training images, what was assumed) of a data set that is not looked at."""
     source = registry.load("data", data.name)
     facts = source.facts(data) if hasattr(source, "facts") else Facts()
-    classes, size = data.classes or facts.classes or 10, data.image_size or facts.image_size or 32
+    classes, size = data.classes or facts.classes or 10, ImageSize.of(data.image_size or facts.image_size or 32)
     assumed = []
     if not ((data.classes or facts.classes) and (data.image_size or facts.image_size)):
         assumed.append(
-            f"{classes} classes and images of {size}x{size}: data.root was not looked at. "
+            f"{classes} classes and images of {size}: data.root was not looked at. "
             "Give data.classes and data.image_size."
         )
     images = facts.training_images

@@ -7,7 +7,7 @@ Scratch inside a kernel (a convolution's workspace) is not seen.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from revtrain.config import Config, read
+from revtrain.config import Config, ImageSize, read
 from revtrain.core.chain import observe
 from revtrain.core.repeats import without_repeats
 from revtrain.data import Split
@@ -80,7 +80,7 @@ class StepPredictor:
 
     Args:
         config: a `Config`, or the composed configuration; its `batch` plays no part.
-        classes, image_size: of the data, the side in pixels.
+        classes, image_size: of the data, the side in pixels, or [height, width].
         quick: leave out what repeats. The peak is then right, the timeline is not.
         device: where to run the whole step on real tensors; None: on fake ones, which allocates nothing.
         planned_for: the type of device that fake tensors stand for, cpu or cuda.
@@ -94,7 +94,7 @@ class StepPredictor:
         self,
         config: Config | DictConfig,
         classes: int,
-        image_size: int,
+        image_size: int | Sequence[int],
         quick: bool = True,
         device: torch.device | None = None,
         planned_for: str = "cpu",
@@ -102,7 +102,7 @@ class StepPredictor:
         if quick and device is not None:
             raise ValueError("a quick step leaves out what repeats: on real tensors use quick=False")
         self._config = config = read(config)
-        self.image_size, self.quick, self.accumulate = image_size, quick, config.training.accumulate
+        self.image_size, self.quick, self.accumulate = ImageSize.of(image_size), quick, config.training.accumulate
         self.known: dict[int, Prediction] = {}  # batch -> what was predicted for it
         self._fake = FakeTensorMode() if device is None else None
         self._planned_for = planned_for if device is None and planned_for == "cuda" else None
@@ -110,7 +110,7 @@ class StepPredictor:
         self._precision, self._dtype = config.network.precision, devices.DTYPES[config.network.precision]
         self._live, self._macs = LiveStorages(record=True), CountMacs()
         with torch.random.fork_rng([]), self._fake or nullcontext():
-            images = torch.randint(0, 256, (2, 3, image_size, image_size), dtype=torch.uint8)
+            images = torch.randint(0, 256, (2, 3, *self.image_size), dtype=torch.uint8)
             self._feed = OnDevice(Split(images, torch.zeros(2, dtype=torch.int64)), self._device)
         with self._counting():
             self._model = build(config.network, Images(classes, image_size)).train()
@@ -193,7 +193,7 @@ class StepPredictor:
         self._model.eval()
         with self._counting(), few_rounds(ROUNDS) if self.quick else nullcontext(), torch.no_grad():
             self._optimizer.zero_grad(set_to_none=True)
-            images = torch.empty(batch, 3, self.image_size, self.image_size, device=self._device)
+            images = torch.empty(batch, 3, *self.image_size, device=self._device)
             self._live.reset_peak()
             with self._autocast():
                 self._model(images)
@@ -207,11 +207,11 @@ class StepPredictor:
         Args:
             gradients: they are compared, too.
         """
-        model, size = self._model.train(), self.image_size
+        model = self._model.train()
         on_host = self._device.type == "cpu" and self._planned_for is None
         with self._counting(), few_rounds(ROUNDS) if self.quick else nullcontext(), self._autocast():
             self._optimizer.zero_grad(set_to_none=True)
-            batch = torch.empty(images, 3, size, size, device=self._device)
+            batch = torch.empty(images, 3, *self.image_size, device=self._device)
             labels = torch.zeros(images, dtype=torch.int64, device=self._device)
             self._live.reset_peak()
             if inverts(model):
@@ -262,7 +262,7 @@ class StepMemory:
     """Bytes of one training step; see `predict_step_memory`."""
 
     batch: int
-    image_size: int
+    image_size: ImageSize
     peak_bytes: int  # most bytes alive at any time of the step
     parameter_bytes: int  # M_theta, running statistics included
     gradient_bytes: int  # of the parameters
@@ -273,15 +273,20 @@ class StepMemory:
     timeline: StepTimeline = field(repr=False, compare=False)
 
 
-def pieces_of_state(config: Config, batch: int, image_size: int, device_type: str) -> float:
+def pieces_of_state(config: Config, batch: int, image_size: int | Sequence[int], device_type: str) -> float:
     """How many pieces of `chunk_mib` a state of `batch` images is, about."""
     network = config.network
-    state_bytes = batch * image_size**2 * (network.width or 0) * devices.DTYPES[network.precision].itemsize
+    values = batch * ImageSize.of(image_size).pixels * (network.width or 0)
+    state_bytes = values * devices.DTYPES[network.precision].itemsize
     return state_bytes / (MIB * network.piece_mib(device_type))
 
 
 def predict_step_memory(
-    config: Config | DictConfig, classes: int, image_size: int, batch: int, planned_for: str = "cpu"
+    config: Config | DictConfig,
+    classes: int,
+    image_size: int | Sequence[int],
+    batch: int,
+    planned_for: str = "cpu",
 ) -> StepMemory:
     """The memory of one training step at `batch`, predicted by a `StepPredictor` on fake tensors.
 
@@ -301,11 +306,11 @@ def predict_step_memory(
     other = batch // 2 // unit * unit or 2 * batch
     half, full = predict(other), predict(batch)
     whole = -(-batch // unit) * unit
-    pixels = (batch - other) * image_size**2
+    pixels = (batch - other) * predict.image_size.pixels
     grown = full.forward_backward - full.buffers - half.forward_backward + half.buffers
     return StepMemory(
         batch=batch,
-        image_size=image_size,
+        image_size=predict.image_size,
         peak_bytes=full.peak,
         parameter_bytes=full.parameters,
         gradient_bytes=full.gradients,

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from revtrain.config import read
+from revtrain.config import ImageSize, read
 from revtrain.errors import RevtrainError
 from revtrain.memory.closed_form import MemoryModel
 from revtrain.models import analytic_memory
@@ -35,13 +35,13 @@ class Row:
         with suppress(RevtrainError):
             config = read(self.group.counted[0].config, stored=True)
             if config.training.accumulate == 1:
-                return analytic_memory(config, config.data.classes or DEFAULT_CLASSES, self.side)
+                return analytic_memory(config, config.data.classes or DEFAULT_CLASSES, self.image_size)
         return None
 
     @property
-    def side(self) -> int:
+    def image_size(self) -> ImageSize:
         """Of the images, in pixels."""
-        return (self.group.counted[0].config.get("data") or {}).get("image_size") or DEFAULT_SIDE
+        return ImageSize.of((self.group.counted[0].config.get("data") or {}).get("image_size") or DEFAULT_SIDE)
 
     @property
     def bytes_per_pixel(self) -> float | None:
@@ -51,12 +51,12 @@ class Row:
     def mib_at_512(self) -> float | None:
         """Everything alive in a step of 512 images; without a closed form extrapolated by the bytes per pixel."""
         if self.memory is not None:
-            return self.memory.peak_bytes(BATCH, self.side) / MIB
+            return self.memory.peak_bytes(BATCH, self.image_size) / MIB
         peak, slope = self.group.mean("step_peak_mib"), self.bytes_per_pixel
         batch = self.group.counted[0].config.get("batch")
         if peak is None or slope is None or not isinstance(batch, int):
             return None
-        return peak + slope * (BATCH - batch) * self.side**2 / MIB
+        return peak + slope * (BATCH - batch) * self.image_size.pixels / MIB
 
     @property
     def relative_time(self) -> float | None:

@@ -155,7 +155,7 @@ class DataMeaning(TypedDict):
     """What inference must know of the images that a network was trained on."""
 
     classes: list[str]  # names
-    image_size: int  # side in pixels
+    image_size: int | list[int]  # side in pixels, or [height, width]
     mean: list[float]  # a channel, 0..1
     std: list[float]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from revtrain.config import Config, InvertibleSettings
+from revtrain.config import Config, ImageSize, InvertibleSettings
 from revtrain.errors import RevtrainError
 from revtrain.machine import device as devices
 from revtrain.machine import files
@@ -132,7 +132,7 @@ def out_of_memory(
     return processes.of_one_process(
         RevtrainError(
             f"{device} is out of memory: arch={network.arch} width={network.width} batch={batch} at "
-            f"{images.size}x{images.size}\n"
+            f"{ImageSize.of(images.size)}\n"
             f"needs about {_mib(fixed + per_image * batch)}; {_mib(available)} are available of "
             f"{_mib(devices.total_memory_bytes(device))}.\n{advice}{_other_networks(config, images, batch, budget)}"
         )

@@ -146,8 +146,8 @@ class Session:
         planning.cap_memory(machine.memory_limit, device)
         if resumed is not None:
             self.check_resumed(resumed, images, available)
-        log.info("data       %s: %d + %d images, %dx%d, %d classes", self.config.data.name, available,
-                 len(dataset.test.labels), images.size, images.size, images.classes)  # fmt: skip
+        log.info("data       %s: %d + %d images, %s, %d classes", self.config.data.name, available,
+                 len(dataset.test.labels), images.size, images.classes)  # fmt: skip
         try:
             with sigterm.deferred():
                 Run(self, batch, dataset, device).train(resumed)
@@ -405,7 +405,7 @@ class Run:
 
     def check_overflows(self, progress: Progress) -> None:
         """Raise where integer states have left their range in the first epoch."""
-        values = self.batch * self.images.size**2 * self.config.network.width
+        values = self.batch * self.dataset.image_size.pixels * self.config.network.width
         self.overflows.stop_if_lost(self.epoch, progress.step, values)
 
     def stop_if_asked(self) -> None:
@@ -509,7 +509,7 @@ class Run:
                 "classes": self.images.classes,
                 "data": {
                     "classes": list(dataset.classes),
-                    "image_size": self.images.size,
+                    "image_size": dataset.image_size.plain,
                     "mean": dataset.mean.tolist(),
                     "std": dataset.std.tolist(),
                 },

@@ -110,6 +110,18 @@ def test_pooling_is_the_permutation_to_the_bit(pooling, factor, dtype, monkeypat
 
 
 @needs_compiler
+@pytest.mark.parametrize(("piece_bytes", "copies"), [(1, 1), (2 * 3 * 64 * 4, 2), (2**20, 3)])
+def test_poolings_scratch_is_a_piece_whatever_the_number_of_threads(piece_bytes, copies, monkeypatch):
+    made = []
+    monkeypatch.setattr(cpu_kernels, "_at", lambda x, at=cpu_kernels._at: made.append(x) or at(x))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    x = torch.randn(5, 3, 8, 8)
+    y = x.clone()
+    assert cpu_kernels.pool_(y, 2, False, piece_bytes) and len(made[1]) == copies
+    assert torch.equal(y.view(20, 3, 4, 4), BatchPooling()(x))
+
+
+@needs_compiler
 def test_statistics():
     for case in range(CASES):
         _, part, _ = draw(case)

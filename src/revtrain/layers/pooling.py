@@ -99,7 +99,7 @@ class _PermutingPool(InvertibleLayer):
         """The values of x, contiguous, change places, so that its memory holds y; `back`: the other way round."""
         units = self._units(x)
         if not is_large(units, self.piece_bytes):
-            if cpu_kernels.pool_(units, self.factor, back):
+            if cpu_kernels.pool_(units, self.factor, back, self.piece_bytes):
                 return
             for sl in batch_pieces(units, self.piece_bytes):
                 own = units[sl]

@@ -153,15 +153,16 @@ def add_norm_rest_(dpart: Tensor, part: Tensor, slope: Tensor, shift: Tensor) ->
     return True
 
 
-def pool_(units: Tensor, factor: int, back: bool) -> bool:
+def pool_(units: Tensor, factor: int, back: bool, piece_bytes: int) -> bool:
     """The pixels of each unit (C, H, W) of `units` (B, C, H, W), of four bytes a value, as r^2 images of (C, H/r, W/r),
-    r the `factor`; or `back`."""
+    r the `factor`; or `back`. Each thread copies a unit, all together `piece_bytes` or one unit."""
     if not (units.dim() == 4 and units.dtype in (torch.float32, torch.int32) and units.is_cpu and _runs(units)):
         return False
     if type(units) is not Tensor or units.requires_grad or not units.is_contiguous():
         return False
-    copies = torch.empty(torch.get_num_threads(), *units.shape[1:], dtype=units.dtype)
-    _call("pool", _at(units), *units.shape, factor, back, _at(copies))
+    threads = min(torch.get_num_threads(), max(1, piece_bytes // (units[0].numel() * units.element_size())))
+    copies = torch.empty(threads, *units.shape[1:], dtype=units.dtype)
+    _call("pool", _at(units), *units.shape, factor, back, _at(copies), threads=threads)
     _written(units)
     return True
 
@@ -205,8 +206,8 @@ def _at(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def _call(name: str, *arguments: object) -> int:
-    return getattr(library(), f"revtrain_{name}")(*arguments, torch.get_num_threads())
+def _call(name: str, *arguments: object, threads: int | None = None) -> int:
+    return getattr(library(), f"revtrain_{name}")(*arguments, threads or torch.get_num_threads())
 
 
 def _written(*tensors: Tensor) -> None:

@@ -23,7 +23,7 @@ import unicodedata
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -342,10 +342,11 @@ def size_of(path: str) -> ImageSize:
 
 def _upright(image: Image.Image) -> ImageSize:
     """The size that it has when it is turned as its camera says; the pixels are not read."""
-    try:
-        lies = image.getexif().get(ExifTags.Base.Orientation) in ON_ITS_SIDE
-    except Exception:  # damaged; reading it will say so
-        lies = False
+    lies = False
+    # Pillow would decode a PNG, looking for more behind the pixels, and a second time not say what is damaged
+    if image.format != "PNG" or not {"exif", "Raw profile type exif"}.isdisjoint(image.info):
+        with suppress(Exception):  # damaged; reading it will say so
+            lies = image.getexif().get(ExifTags.Base.Orientation) in ON_ITS_SIDE
     return ImageSize(image.width, image.height) if lies else ImageSize(image.height, image.width)
 
 
@@ -380,6 +381,8 @@ def pixels(path: str, size: ImageSize, resize: bool) -> np.ndarray:
             raise
         except Exception as error:  # the decoders raise nearly anything on a damaged file
             raise _unusable(path, error) from error
+        if image.size != (size.width, size.height):  # turned by what stands behind its pixels
+            raise _wrong_size(path, *image.size, f"the first one is {size.width}x{size.height} pixels")
         return np.asarray(image).transpose(2, 0, 1)
 
 

@@ -202,17 +202,6 @@ def test_the_optimizer_brings_convolutions_back_to_their_bound():
     assert max(largest_singular_value(conv, 8) for conv in convs) < 0.65, "one iteration a step follows nearly"
 
 
-def test_weights_lie_as_the_inputs_that_they_meet():
-    layer = CouplingConv2d(8)
-    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in layer.parameters())
-    usual = AdditiveCoupling(8, torch.nn.Conv2d(4, 4, 3, padding=1))  # reads contiguous inputs
-    assert all(each.is_contiguous() for each in usual.parameters())
-    chain = InvertibleChain([layer])
-    chain(torch.randn(2, 8, 6, 6)).sum().backward()
-    for each in layer.parameters():
-        assert each.grad is not None and each.grad.stride() == each.stride()
-
-
 def test_batchnorm_inverts_with_the_biased_deviation():
     """With the unbiased one the SNR of the inverse is capped near (2 B H W)^2, here 72 dB."""
     layer, x = InvertibleBatchNorm2d(2).double(), torch.randn(32, 2, 8, 8, dtype=torch.float64)

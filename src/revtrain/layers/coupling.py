@@ -38,7 +38,6 @@ from revtrain.layers.residual_pass import (
     ResidualSum,
     convolutions_read_channels_last,
 )
-from revtrain.machine.device import weights_channels_last
 
 
 class AdditiveCoupling(InvertibleLayer):
@@ -54,8 +53,7 @@ class AdditiveCoupling(InvertibleLayer):
         state_format: the number format of x and y, that of the chain around it. On a grid (any but plain) the inverse
             is exact at any depth. Formerly `stream`.
         channels_last: hand F and G their inputs in the memory format that convolutions are fastest in (see
-            `convolutions_read_channels_last`) rather than always contiguous. They must not `view` them, then. Weights
-            of their convolutions are put into that format, too.
+            `convolutions_read_channels_last`) rather than always contiguous. They must not `view` them, then.
 
     `overflows` counts the values that left the range of the format's grid in forward passes.
     Raises `RevtrainError` for an odd number of channels.
@@ -92,8 +90,6 @@ class AdditiveCoupling(InvertibleLayer):
         self.channels, self.dim, self.per_sample, self.channels_last = sum(sizes), dim, per_sample, channels_last
         self.residual_sum = ResidualSum(scale, state_format)
         self.f, self.g = f, g
-        for function in self.hands_context_to() if channels_last else ():
-            weights_channels_last(function)
         self.passes_integers, self.state_format = state_format.is_integer, state_format
         if state_format.bits is not None:
             self.register_buffer("overflows", torch.zeros((), dtype=torch.int64), persistent=False)

@@ -350,18 +350,19 @@ def _upright(image: Image.Image) -> ImageSize:
     return ImageSize(image.width, image.height) if lies else ImageSize(image.height, image.width)
 
 
-def pixels(path: str, size: ImageSize, resize: bool) -> np.ndarray:
+def pixels(path: str, image_size: int | Sequence[int], resize: bool) -> np.ndarray:
     """One image as RGB, upright, (3, H, W) uint8.
 
     Args:
-        size: H and W.
-        resize: let it just cover `size` and cut out the centre; otherwise another size is refused.
+        image_size: H = W or [H, W].
+        resize: let it just cover that and cut out the centre; otherwise another size is refused.
 
     Raises:
         RevtrainError: it cannot be read, is damaged, has more than 8 bits a channel, or another size.
     """
     import numpy as np
 
+    size = ImageSize.of(image_size)
     with _opened(path) as image:
         if image.mode[0] in "IF":  # PIL would clip these to 255 without a word
             raise RevtrainError(

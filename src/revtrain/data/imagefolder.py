@@ -162,7 +162,7 @@ def read_image(path: str | Path, image_size: int | Sequence[int]) -> torch.Tenso
     import torch
 
     with imagefiles.pillow_quiet() as said:
-        image = torch.from_numpy(imagefiles.pixels(str(path), ImageSize.of(image_size), resize=True).copy())
+        image = torch.from_numpy(imagefiles.pixels(str(path), image_size, resize=True).copy())
     imagefiles.say_remarks(said)
     return image
 

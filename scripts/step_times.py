@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,10 @@ def worker(tree: Path, words: list[str], batch: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = build_model(conf.compose(["data=synthetic", *words]), 10, 32).train()
+    with suppress(ImportError):  # the other tree may have none
+        from revtrain.machine.device import place
+
+        place(model, torch.device("cpu"))
     images, labels = torch.randn(batch, 3, 32, 32), torch.arange(batch) % 10
 
     def step() -> None:

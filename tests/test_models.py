@@ -15,6 +15,7 @@ import revtrain.conf
 from revtrain.core.chain import InvertibleChain
 from revtrain.errors import RevtrainError
 from revtrain.layers import AdditiveCoupling
+from revtrain.machine.device import place
 from revtrain.models import analytic_memory, architectures, build_model, spread_depth
 from revtrain.models.common import StridedBlock
 from revtrain.planning.plan import plan
@@ -318,3 +319,11 @@ def test_unknown_architecture_lists_the_known_ones():
     cfg.arch = "resnext"
     with pytest.raises(RevtrainError, match="hybrid, irevnet, layerwise, resnet18, revnet"):
         build_model(cfg)
+
+
+def test_weights_are_placed_as_the_inputs_that_they_meet():
+    """A convolution turns weights that lie otherwise at each call."""
+    for arch, expected in (("hybrid", True), ("chunked", True), ("layerwise", True), ("resnet18", False)):
+        model = place(build_model(compose(f"arch={arch}", "width=8"), 10, 32), torch.device("cpu"))
+        inside = [each for name, each in model.named_parameters() if each.dim() == 4 and not name.startswith("stem")]
+        assert inside and all(each.is_contiguous(memory_format=torch.channels_last) is expected for each in inside)

@@ -325,5 +325,6 @@ def test_weights_are_placed_as_the_inputs_that_they_meet():
     """A convolution turns weights that lie otherwise at each call."""
     for arch, expected in (("hybrid", True), ("chunked", True), ("layerwise", True), ("resnet18", False)):
         model = place(build_model(compose(f"arch={arch}", "width=8"), 10, 32), torch.device("cpu"))
-        inside = [each for name, each in model.named_parameters() if each.dim() == 4 and not name.startswith("stem")]
+        convolutions = [each for name, each in model.named_parameters() if each.dim() == 4 and "stem" not in name]
+        inside = [each for each in convolutions if each.shape[-1] > 1]  # those of one pixel lie either way
         assert inside and all(each.is_contiguous(memory_format=torch.channels_last) is expected for each in inside)

@@ -1,6 +1,6 @@
 """A task that patches cannot solve: one reversible network on whole images, and on patches of them.
 
-    python scripts/far_apart.py --seeds 0 1 --processes 2      # both, and what else sees the whole image: half an hour
+    python scripts/far_apart.py --processes 2      # both, and what else sees the whole image: a quarter of an hour
     python scripts/far_apart.py --stages 256,256,4,0.01 --out FILE     # a small trial
     python scripts/far_apart.py --seeds                  # memory and time anew, accuracies as they are
 

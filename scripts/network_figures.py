@@ -1,7 +1,7 @@
 """Draws Figures 10 to 13 of arXiv 1910.11127: the SNR along whole networks, and what it does to accuracy.
 
     python scripts/network_figures.py 10 12 data=imagefolder data.root=FOLDER      # at initialisation
-    revtrain -m experiment=fig11_depth data.root=FOLDER            # and fig11_width, fig11_slope; fig13_...
+    revtrain -m experiment=fig11_depth data.root=FOLDER            # and fig11_slope, fig13_depth, fig13_slope
     python scripts/network_figures.py 11 13 --runs outputs/sweeps                  # from the runs so far, at any time
     python scripts/network_figures.py precision data=imagefolder data.root=FOLDER  # a table: what 16 bit costs
 
@@ -42,11 +42,8 @@ from revtrain.runs.read import Epoch, gather
 
 FIGURES = Path("docs/figures")
 CPU = torch.device("cpu")
-VARIED = {
-    "depth": "depth N (units of the trunk), at one number of parameters",
-    "width": "width c, at depth N = 6",
-    "slope": "negative slope n of LeakyReLU",
-}
+VARIED = {"depth": "depth N (units of the trunk)", "slope": "negative slope n of LeakyReLU"}
+AT_ONE_SIZE = "depth N (units of the trunk), at one number of parameters"
 CHANCE = 10.0  # %, of ten classes: where a run that diverged is drawn
 COLOURS = ("#08519c", "#d95f02", "#41ab5d", "#7b3294")  # differ in grey, too, and for the colour-blind
 # curves of Figure 10: label, arch, what is changed
@@ -226,7 +223,7 @@ def draw_accuracy(figure: int, tables: dict[str, list[dict[str, Any]]]) -> Figur
             for when, style in (("before", "o:"), ("after", "o-")):
                 invert = [row for row in rows if row["variant"] == variant and row["backward"] == "invert"]
                 _curve(axes[0, column], invert, key, f"snr_db_{when}", style, colour, f"{variant}, {when} training")
-        axes[1, column].set_xlabel(VARIED[key])
+        axes[1, column].set_xlabel(AT_ONE_SIZE if (figure, key) == (13, "depth") else VARIED[key])
         if key == "slope":
             axes[1, column].set_xscale("log")
             ticks = sorted({row["slope"] for row in rows})
@@ -360,7 +357,7 @@ def main(argv: list[str] | None = None) -> None:
         if str(figure) in figures:
             found = {key: over_seeds(runs, f"fig{figure}_{key}", key) for key in VARIED}
             if not any(found.values()):
-                parser.error(f"no completed run of experiment=fig{figure}_depth, _width or _slope in "
+                parser.error(f"no completed run of experiment=fig{figure}_depth or fig{figure}_slope in "
                              f"{', '.join(map(str, args.runs))}; run them first, see --help")  # fmt: skip
             kept = {
                 key: rows or rows_before(args.out / f"{name}.csv", f"fig{figure}_{key}") for key, rows in found.items()

@@ -88,9 +88,9 @@ def test_figures_11_and_13_keep_the_rows_of_experiments_that_were_not_run_again(
     ]
     tables = {key: script.over_seeds(runs, f"fig13_{key}", key) for key in ("depth", "slope")}
     script.write(script.draw_accuracy(13, tables), [*tables["depth"], *tables["slope"]], tmp_path, "fig")
-    before = {key: script.rows_before(tmp_path / "fig.csv", f"fig13_{key}") for key in ("depth", "slope", "width")}
-    assert before["width"] == [] and script.rows_before(tmp_path / "none.csv", "fig13_depth") == []
-    del before["width"]
+    before = {key: script.rows_before(tmp_path / "fig.csv", f"fig13_{key}") for key in ("depth", "slope", "other")}
+    assert before["other"] == [] and script.rows_before(tmp_path / "none.csv", "fig13_depth") == []
+    del before["other"]
     assert script.table_of(before) == script.table_of(tables)
     row = script.table_of(before).splitlines()[2]
     assert row.startswith("| ours | depth 3 | 2 | 31.00 ± 1.41 | 31.00 ± 1.41 | +0.00 | 0.9 (0.9)")

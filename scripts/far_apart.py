@@ -26,8 +26,9 @@ from __future__ import annotations
 import argparse
 import csv
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -170,6 +171,18 @@ def trained_accuracy(args: argparse.Namespace, seed: int, patches: bool) -> floa
     return found
 
 
+def trained(args: argparse.Namespace, trainings: Sequence[tuple[str, int]]) -> Iterator[tuple[str, int, float]]:
+    """(trained on, seed, accuracy in percent) of each training, as they end."""
+    if args.processes == 1:
+        for trained_on, seed in trainings:
+            yield trained_on, seed, trained_accuracy(args, seed, trained_on == "patches")
+        return
+    with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:  # autograd's threads do not survive a fork
+        running = {pool.submit(trained_accuracy, args, seed, on == "patches"): (on, seed) for on, seed in trainings}
+        for each in as_completed(running):
+            yield *running[each], each.result()
+
+
 # ---- measuring -----------------------------------------------------------------------------------
 
 
@@ -293,18 +306,11 @@ def main(argv: list[str] | None = None) -> None:
         measured.append([trained_on, backward, *measured_row(args.network, args.side, trained_on, make, args.repeats)])
         print("  ".join(measured[-1]), flush=True)
     write(args, measured, found)
-    with ProcessPoolExecutor(args.processes) as pool:
-        trainings = {
-            pool.submit(trained_accuracy, args, seed, trained_on == "patches"): (trained_on, seed)
-            for seed in args.seeds
-            for trained_on in found
-        }
-        percent_of: dict[str, dict[int, str]] = {trained_on: {} for trained_on in found}
-        for training in as_completed(trainings):
-            trained_on, seed = trainings[training]
-            percent_of[trained_on][seed] = f"{training.result():.1f}"
-            found[trained_on] = [percent for _, percent in sorted(percent_of[trained_on].items())]
-            write(args, measured, found)
+    percent_of: dict[str, dict[int, str]] = {trained_on: {} for trained_on in found}
+    for trained_on, seed, percent in trained(args, [(each, seed) for seed in args.seeds for each in found]):
+        percent_of[trained_on][seed] = f"{percent:.1f}"
+        found[trained_on] = [each for _, each in sorted(percent_of[trained_on].items())]
+        write(args, measured, found)
 
 
 if __name__ == "__main__":

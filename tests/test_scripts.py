@@ -185,7 +185,7 @@ def test_patches_are_the_quarters_of_each_image(far_apart):
     assert parts[6, 0].tolist() == [[24, 25], [28, 29]], "the quarters of an image follow each other"
 
 
-def test_the_far_apart_task_compares_what_each_way_sees_and_needs(far_apart, tmp_path, capfd):
+def test_the_far_apart_task_compares_what_each_way_sees_and_needs(far_apart, tmp_path, capsys):
     words = "arch=chunked width=2 depth=4 expansion=[1] pooling=[channel,channel,batch] chunk_mib=0.01"
     small = ["--stages=32,8,2,0.01/64,4,2,0.01", "--side=64", "--test=4", "--seeds=0", f"--out={tmp_path / 'far.csv'}"]
     far_apart.main([*small, "--network", words, "--repeats=1"])
@@ -202,7 +202,7 @@ def test_the_far_apart_task_compares_what_each_way_sees_and_needs(far_apart, tmp
     assert patches["gradient of"] == "patches" and not patches["difference"]
     assert float(patches["peak, MiB"]) < float(whole["inverted"]["peak, MiB"])
     assert patches["test accuracy, %"] and whole["inverted"]["test accuracy, %"]
-    assert "whole images, seed 0, 64 x 64: test" in capfd.readouterr().out
+    assert "whole images, seed 0, 64 x 64: test" in capsys.readouterr().out
     # without seeds and timed steps everything stays as it was
     far_apart.main([*small, "--network", words, "--repeats=0", "--seeds"])
     again = [line for line in (tmp_path / "far.csv").read_text().splitlines() if not line.startswith("#")]

@@ -144,12 +144,12 @@ def of_arch(arch: str, values: Mapping[str, Any]) -> Any:
     Raises:
         RevtrainError: there is none for it.
     """
-    if arch not in values:
-        raise RevtrainError(
-            f"size= was given with arch={arch}, for which it has no width and depth; expected one of: "
-            f"{', '.join(values)}.\nLeave size out and give width and depth; python scripts/equal_sizes.py finds some."
-        )
-    return values[arch]
+    return _entry(
+        values,
+        arch,
+        f"size= was given with arch={arch}, for which it has no width and depth",
+        "Leave size out and give width and depth; python scripts/equal_sizes.py finds some.",
+    )
 
 
 def of_depth(depth: int, widths: Mapping[int, int]) -> int:
@@ -158,12 +158,18 @@ def of_depth(depth: int, widths: Mapping[int, int]) -> int:
     Raises:
         RevtrainError: there is none for it.
     """
-    if depth not in widths:
-        raise RevtrainError(
-            f"depth={depth} was given, for which this experiment has no width; expected one of: "
-            f"{', '.join(map(str, widths))}.\nGive width, too: the number of parameters is then as it comes."
-        )
-    return widths[depth]
+    return _entry(
+        widths,
+        depth,
+        f"depth={depth} was given, for which this experiment has no width",
+        "Give width, too: the number of parameters is then as it comes.",
+    )
+
+
+def _entry(values: Mapping[Any, Any], name: Any, complaint: str, remedy: str) -> Any:
+    if name not in values:
+        raise RevtrainError(f"{complaint}; expected one of: {', '.join(map(str, values))}.\n{remedy}")
+    return values[name]
 
 
 def if_has(arch: str, key: str, value: Any) -> Any:

@@ -26,5 +26,9 @@ class ImageSize(NamedTuple):
         """As the configuration has it."""
         return self.height if self.height == self.width else [self.height, self.width]
 
+    def nearest(self, divisor: int) -> ImageSize:
+        """The sides that are next to these, of those that `divisor` divides."""
+        return ImageSize(*(max(divisor, round(side / divisor) * divisor) for side in self))
+
     def __str__(self) -> str:
         return f"{self.height}x{self.width}"

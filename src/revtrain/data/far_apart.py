@@ -63,10 +63,9 @@ def load(cfg: DataConfig[Settings]) -> tuple[Split, Split, list[str]]:
 
     size = ImageSize.of(cfg.image_size or IMAGE_SIZE)
     if size.height % UNIT or size.width % UNIT:
-        nearest = ImageSize(*(max(UNIT, round(side / UNIT) * UNIT) for side in size)).plain
         raise RevtrainError(
             f"data.image_size={cfg.image_size} does not fit the marks, some sixteenths of a side tall and wide.\n"
-            f"Give a multiple of {UNIT}, such as data.image_size={nearest}."
+            f"Give a multiple of {UNIT}, such as data.image_size={size.nearest(UNIT).plain}."
         )
     if cfg.own.seed < 0:
         raise RevtrainError(f"data.seed={cfg.own.seed} is negative.\nGive 0 or more.")

@@ -283,8 +283,7 @@ def check_pooling(pooling: Sequence[str], image_size: int | Sequence[int]) -> No
     of `pooling`."""
     divisor, size = 2 ** len(pooling), ImageSize.of(image_size)
     if size.height % divisor or size.width % divisor:
-        nearest = ImageSize(*(max(divisor, round(side / divisor) * divisor) for side in size))
-        given = str(nearest.plain).replace(" ", "")
+        given = str(size.nearest(divisor).plain).replace(" ", "")
         raise RevtrainError(
             f"Images of {size} pixels cannot be halved {len(pooling)} times (pooling={list(pooling)}).\n"
             f"Expected sides that {divisor} divides: use data.image_size={given} or fewer pooling entries."

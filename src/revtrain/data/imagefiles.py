@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
+import textwrap
 import threading
 import unicodedata
 import warnings
@@ -32,6 +33,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from revtrain.config import ImageSize
 from revtrain.errors import RevtrainError, printable
+from revtrain.machine import files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,9 +56,11 @@ SYSTEM_FOLDERS = frozenset(
     ("__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found",
      "__pycache__")
 )  # fmt: skip
+SMOOTH = Image.Resampling.BILINEAR  # how images are resized
 ON_ITS_SIDE = (5, 6, 7, 8)  # of the orientations of EXIF
 SHOWN = 3  # names in a message, of each kind
 SHOWN_SUFFIXES = 20
+SHOWN_LETTERS = 300  # of what a decoder says
 
 HIDDEN = "with a name that begins with a dot"
 SYSTEM = "made by the system"
@@ -92,25 +96,39 @@ class Listing:
         self.left_out.setdefault(reason, []).append(path)
 
 
-def list_images(root: Path, by_class: bool) -> Listing:
+def root_folder(given: str, expected: str) -> Path:
+    """The folder `data.root`, absolute; `expected` says what it should hold.
+
+    Raises:
+        RevtrainError: there is none.
+    """
+    root = files.place(given, "data.root")
+    root = root if root.is_absolute() else files.working_folder() / root
+    if not files.is_folder(root):
+        raise RevtrainError(f"data.root={printable(given)} is no folder ({printable(root)}).\n{expected}")
+    return root
+
+
+def list_images(root: Path, by_class: bool, suffixes: tuple[str, ...] = SUFFIXES) -> Listing:
     """The image files at and below `root`.
 
     Args:
         root: an existing folder.
+        suffixes: of image files, in small letters.
         by_class: the folders in it are the classes; otherwise all images are of class 0, which has no name.
 
     Raises:
         RevtrainError: a folder cannot be read, or the names of two classes would look the same.
     """
     listing = Listing(root)
-    walk = _Walk(listing)
+    walk = _Walk(listing, suffixes)
     if not by_class:
         walk.go_through([(str(root), 0)], whole=True)
         return listing
     folders = [entry for entry in _entries(str(root)) if not walk.leaves_out(entry)]
     for entry in folders[:]:
         if not (_is_folder(entry) or _is_lost(entry)):
-            listing.leave(LOOSE if _has_suffix(entry.name) else SUFFIX, entry.path)
+            listing.leave(LOOSE if _has_suffix(entry.name, suffixes) else SUFFIX, entry.path)
             folders.remove(entry)
     folders.sort(key=lambda entry: class_name(entry.name))
     listing.classes.extend(class_name(entry.name) for entry in folders)
@@ -133,8 +151,8 @@ def class_name(folder: str) -> str:
 class _Walk:
     """Fills a listing. A folder is known by its real path, so that each is listed once."""
 
-    def __init__(self, listing: Listing):
-        self.listing = listing
+    def __init__(self, listing: Listing, suffixes: tuple[str, ...]):
+        self.listing, self.suffixes = listing, suffixes
         self.found: list[tuple[int, str, str]] = []  # label, folder, name
         self.listed: set[str] = {os.path.realpath(listing.root)}
 
@@ -183,7 +201,7 @@ class _Walk:
                         waiting.append((entry.path, inside))
                     else:  # a link led here before
                         self.listing.leave(LINK, entry.path)
-                elif _has_suffix(entry.name) or _is_lost(entry):
+                elif _has_suffix(entry.name, self.suffixes) or _is_lost(entry):
                     self.found.append((label, here, entry.name))
                 else:
                     self.listing.leave(SUFFIX, entry.path)
@@ -220,8 +238,8 @@ def _is_lost(entry: os.DirEntry[str]) -> bool:
     return entry.is_symlink() and not os.path.exists(entry.path)
 
 
-def _has_suffix(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES)
+def _has_suffix(name: str, suffixes: tuple[str, ...]) -> bool:
+    return name.lower().endswith(suffixes)
 
 
 def _holds(folder: str, path: str) -> bool:
@@ -336,13 +354,15 @@ def size_of(path: str) -> ImageSize:
     Raises:
         RevtrainError: it cannot be opened.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         return _upright(image)
 
 
 def _upright(image: Image.Image) -> ImageSize:
     """The size that it has when it is turned as its camera says; the pixels are not read."""
     lies = False
+    if image.format == "TIFF":  # its size is stated turned
+        return ImageSize(image.height, image.width)
     # Pillow would decode a PNG, looking for more behind the pixels, and a second time not say what is damaged
     if image.format != "PNG" or not {"exif", "Raw profile type exif"}.isdisjoint(image.info):
         with suppress(Exception):  # damaged; reading it will say so
@@ -363,43 +383,66 @@ def pixels(path: str, image_size: int | Sequence[int], resize: bool) -> np.ndarr
     import numpy as np
 
     size = ImageSize.of(image_size)
-    with _opened(path) as image:
-        if image.mode[0] in "IF":  # PIL would clip these to 255 without a word
-            raise RevtrainError(
-                f"{printable(path)} has more than 8 bits a channel (PIL mode {image.mode}).\n"
-                "Convert it to 8 bits first."
-            )
+    with opened(path) as image:
+        _refuse_deep(path, image)
         if not resize and (own := _upright(image)) != size:
             raise _wrong_size(path, own.width, own.height, f"the first one is {size.width}x{size.height} pixels")
-        try:
-            image = ImageOps.exif_transpose(image)
-            if isinstance(image.info.get("transparency"), bytes):  # a palette's; Pillow would warn
-                image = image.convert("RGBA")
-            image = image.convert("RGB")
-            if resize:
-                image = ImageOps.fit(image, (size.width, size.height), Image.Resampling.BILINEAR)
-        except MemoryError:
-            raise
-        except Exception as error:  # the decoders raise nearly anything on a damaged file
-            raise _unusable(path, error) from error
+        image = decoded(path, image)
+        if resize:
+            image = ImageOps.fit(image, (size.width, size.height), SMOOTH)
         if image.size != (size.width, size.height):  # turned by what stands behind its pixels
             raise _wrong_size(path, *image.size, f"the first one is {size.width}x{size.height} pixels")
         return np.asarray(image).transpose(2, 0, 1)
 
 
-def _opened(path: str) -> Image.Image:
+def opened(path: str) -> Image.Image:
+    """An image of which only the header is read.
+
+    Raises:
+        RevtrainError: it is none, is damaged, or claims to be huge.
+    """
+    with reading(path):
+        return Image.open(path, formats=tuple(FORMATS))
+
+
+def decoded(path: str, image: Image.Image) -> Image.Image:
+    """All of an opened image as RGB, upright.
+
+    Raises:
+        RevtrainError: it is damaged, or has more than 8 bits a channel.
+    """
+    _refuse_deep(path, image)
+    with reading(path):
+        image = ImageOps.exif_transpose(image)
+        if isinstance(image.info.get("transparency"), bytes):  # a palette's; Pillow would warn
+            image = image.convert("RGBA")
+        return image.convert("RGB")
+
+
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Refuse a pipe or a device, and turn what a decoder raises of this file into a `RevtrainError` that names it."""
     _reading.path = path
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would wait for ever
             raise RevtrainError(f"{printable(path)} is not an image, but a pipe or a device.\nRemove it.")
-        return Image.open(path, formats=tuple(FORMATS))
+        yield
     except (RevtrainError, MemoryError):
         raise
-    except Exception as error:
-        raise _unusable(path, error) from error
+    except Exception as error:  # the decoders raise nearly anything on a damaged file
+        raise unusable(path, error) from error
 
 
-def _unusable(path: str, error: Exception) -> RevtrainError:
+def _refuse_deep(path: str, image: Image.Image) -> None:
+    if image.mode[0] in "IF":  # PIL would clip these to 255 without a word
+        raise too_deep(path, f"PIL mode {image.mode}")
+
+
+def too_deep(path: str, what: str) -> RevtrainError:
+    return RevtrainError(f"{printable(path)} has more than 8 bits a channel ({what}).\nConvert it to 8 bits first.")
+
+
+def unusable(path: str, error: Exception) -> RevtrainError:
     name = printable(path)
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return RevtrainError(
@@ -411,7 +454,8 @@ def _unusable(path: str, error: Exception) -> RevtrainError:
         )
     if isinstance(error, OSError) and error.errno is not None:
         return RevtrainError(f"{name} cannot be read: {error.strerror}.\nMake it readable, or remove it.")
-    return RevtrainError(f"{name} is damaged: {printable(error)}\nRepair or remove it.")
+    what = printable(textwrap.shorten(str(error), SHOWN_LETTERS))
+    return RevtrainError(f"{name} is damaged: {what}\nRepair or remove it.")
 
 
 def _wrong_size(path: str, width: int, height: int, expected: str) -> RevtrainError:

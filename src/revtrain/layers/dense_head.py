@@ -30,6 +30,9 @@ class DenseHead(nn.Module):
     `backward()` on. Meanwhile `confusion` counts: entry (i, j) how many pixels of class i were taken for class j, since
     it was last set to zero. Like `Head` it needs no inverse, and begins the gradient of the state itself.
 
+    Labels (B, H, W) may be of any type of whole numbers: uint8 ones, as masks are stored, take a byte a pixel. torch's
+    loss needs int64, which a chain makes of them piece by piece, and only one with `backward="store"` of all at once.
+
     Args:
         channels: C.
         classes: number of logits.
@@ -59,7 +62,8 @@ class DenseHead(nn.Module):
         if labels is None:
             return self._logits(u)
         self._check(x, labels)
-        return self._losses(self._logits(u), labels, counts=True) / self._pixels(labels)
+        labels = labels.long()
+        return self._losses(self._logits(u), labels, counts=True) / self._pixels(labels).clamp(min=1)
 
     def forward_(
         self, state: Tensor, state_format: StateFormat = PLAIN, labels: Tensor | None = None
@@ -72,14 +76,17 @@ class DenseHead(nn.Module):
             for piece in self._pieces(state):
                 logits[piece.own] = first(self._activated(inputs.normalised(piece.own)))
             first.end()
-            return logits, inputs.statistics
+            return logits, (inputs.statistics, None)
         self._check(state, labels)
         losses = state.new_zeros(len(state), dtype=wide)
+        pixels = torch.zeros(len(state), dtype=torch.int64, device=state.device)
         for piece in self._pieces(state):
-            own = first(self._activated(inputs.normalised(piece.own)))
-            losses[piece.samples] += self._losses(own, _of_pixels(labels, piece), counts=True)
+            own, own_labels = first(self._activated(inputs.normalised(piece.own))), _of_pixels(labels, piece)
+            losses[piece.samples] += self._losses(own, own_labels, counts=True)
+            pixels[piece.samples] += self._pixels(own_labels)
         first.end()
-        return losses / self._pixels(labels), inputs.statistics
+        pixels.clamp_(min=1)
+        return losses / pixels, (inputs.statistics, pixels)
 
     def backward_(
         self,
@@ -92,10 +99,11 @@ class DenseHead(nn.Module):
         labels: Tensor | None = None,
     ) -> Tensor:
         """The gradient of `state`, in `dtype`; those of the parameters are added to `grads`."""
-        inputs = NormOverPieces(self.norm, state, state_format.unit, self.piece_bytes, saved)
+        statistics, pixels = saved
+        inputs = NormOverPieces(self.norm, state, state_format.unit, self.piece_bytes, statistics)
         dstate = torch.zeros(state.shape, dtype=dtype, device=state.device)
         wanted = grads.wanted(parameters_of(self.conv))
-        dresult = dresult if labels is None else dresult / self._pixels(labels)
+        dresult = dresult if labels is None else dresult / pixels
         with SecondRun(FirstRun(self.conv, state.device).begin_again(), wanted) as again:
             for piece in self._pieces(state):
                 leaf = inputs.normalised(piece.own).requires_grad_()
@@ -131,7 +139,7 @@ class DenseHead(nn.Module):
 
     def _pixels(self, labels: Tensor) -> Tensor:
         """How many pixels of each image count, (B,)."""
-        return (labels != self.ignored).flatten(1).sum(1).clamp(min=1)
+        return (labels != self.ignored).flatten(1).sum(1)
 
     def _pieces(self, state: Tensor) -> Iterator[Piece]:
         # By the bytes of what is computed: the state itself may be narrower.
@@ -139,16 +147,16 @@ class DenseHead(nn.Module):
 
     def _check(self, x: Tensor, labels: Tensor) -> None:
         expected = (len(x), *x.shape[2:])
-        if labels.is_floating_point() or labels.shape != expected:
+        if labels.is_floating_point() or labels.is_complex() or labels.shape != expected:
             raise RevtrainError(
                 f"DenseHead was given labels {tuple(labels.shape)} of {labels.dtype} for a state of {tuple(x.shape)}.\n"
-                f"Expected whole numbers, int64, of shape {expected}: a class for each pixel, {self.ignored} for none."
+                f"Expected whole numbers of shape {expected}: a class for each pixel, {self.ignored} for none."
             )
 
 
 def _of_pixels(labels: Tensor, piece: Piece) -> Tensor:
-    """Labels (B, H, W) of a piece of (B, C, H, W)."""
-    return labels[(piece.samples, *piece.own[2:])]
+    """Labels (B, H, W) of a piece of (B, C, H, W), in int64."""
+    return labels[(piece.samples, *piece.own[2:])].long()
 
 
 def intersection_over_union(confusion: Tensor) -> Tensor:

@@ -46,16 +46,28 @@ def _evaluate_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "revtrain-eval",
         description="Evaluate a trained network: accuracy in all and by class, and the confusion matrix, on the test "
-        "set of its own run or on another folder; or print what it sees in a folder of images.",
+        "set of its own run or on another folder; or print what it sees in a folder of images. With task=segment these "
+        "are of pixels, with the IoU of each class.",
         epilog="Images are normalised as in training. Exit code: 0 done, 2 something was wrong that you can mend.",
     )
     parser.add_argument("run", metavar="RUN_OR_CHECKPOINT", help=RUN_HELP)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--data", metavar="FOLDER", help="evaluate on FOLDER/test/CLASS/*, or FOLDER/CLASS/*")
-    what.add_argument("--images", metavar="FOLDER", help="print class and probability for every image in FOLDER")
+    what.add_argument(
+        "--data", metavar="FOLDER",
+        help="evaluate on FOLDER/test/CLASS/*, or FOLDER/CLASS/*; with task=segment on images and masks, which are "
+        "folders in FOLDER/test, or in FOLDER",
+    )  # fmt: skip
+    what.add_argument(
+        "--images", metavar="FOLDER",
+        help="print class and probability for every image in FOLDER; with task=segment class and share of the pixels",
+    )  # fmt: skip
+    parser.add_argument(
+        "--masks", metavar="OUT", type=Path,
+        help="with --images and task=segment: write the class of each pixel, a PNG for each image, into OUT",
+    )  # fmt: skip
     parser.add_argument("--csv", metavar="FILE", type=Path, help="write the matrix, or the predictions")
     parser.add_argument("--png", metavar="FILE", type=Path, help="draw the confusion matrix (needs matplotlib)")
-    parser.add_argument("--top", metavar="K", type=_count, default=1, help="with --images: the K most probable (1)")
+    parser.add_argument("--top", metavar="K", type=_count, default=1, help="with --images: the K first classes (1)")
     parser.add_argument("--batch", metavar="N", type=_count, help="images at a time (default: as in the run)")
     parser.add_argument("--averaged", action="store_true", help=AVERAGED_HELP)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (auto)")
@@ -63,6 +75,8 @@ def _evaluate_parser() -> argparse.ArgumentParser:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    if args.masks is not None and args.images is None:
+        raise RevtrainError("--masks was given without --images.\nAdd --images FOLDER, the images to make masks of.")
     if args.png is not None:
         from revtrain.figures import require
 
@@ -75,6 +89,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     trained = restore(args.run, args.device, args.averaged)
     print(f"{clean(trained.path)}: {trained.config.network.arch} after epoch {trained.epoch}", flush=True)
     if args.images is not None:
+        if args.masks is not None and not trained.is_dense:
+            raise RevtrainError(
+                "--masks was given for a run of task=classify, which knows no classes of pixels.\n"
+                "Leave --masks out, or give a run of task=segment."
+            )
         return _predict(trained, args)
     evaluation = evaluate(trained, args.data, args.batch)
     print(f"{clean(evaluation.source)}\n\n{evaluation.table()}", flush=True)
@@ -87,24 +106,29 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _predict(trained: Trained, args: argparse.Namespace) -> int:
     from revtrain.data.imagefolder import image_files
-    from revtrain.inference.predict import predict
+    from revtrain.inference.predict import predict, write_mask
 
-    files = image_files(args.images)
+    files = image_files(args.images, slides=trained.streaming is not None)
+    folder = place(args.images, "--images")
+    masks = _mask_files(files, folder, place(args.masks, "--masks")) if args.masks is not None else {}
     text, unreadable = io.StringIO(), 0
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["file", "rank", "class", "probability"])
-    folder = place(args.images, "--images")
+    rows.writerow(["file", "rank", "class", "share" if trained.is_dense else "probability"])
     names = {path: clean(path.relative_to(folder) if path != folder else path, 60) for path in files}
     width = max(map(len, names.values()))
-    for each in predict(trained, files, args.top):
+    for each in predict(trained, files, args.top, args.batch, bool(masks)):
         if each.error is not None:
             unreadable += 1
             print(clean(each.error), file=sys.stderr)
             continue
+        if each.mask is not None:
+            write_mask(masks[each.path], each.mask)
         found = "  ".join(f"{clean(name, 30)} {100 * share:.1f} %" for name, share in each.classes)
         print(f"{names[each.path]:<{width}}  {found}")
         for rank, (name, share) in enumerate(each.classes, start=1):
             rows.writerow([each.path, rank, name, f"{share:.6f}"])
+    if masks:
+        print(f"wrote {len(files) - unreadable} masks to {clean(args.masks)}", file=sys.stderr)
     if args.csv is not None:
         _write(args.csv, lambda: write_result_file(args.csv, text.getvalue().encode(errors="backslashreplace")))
     if unreadable:
@@ -112,6 +136,28 @@ def _predict(trained: Trained, args: argparse.Namespace) -> int:
             f"{unreadable} of {len(files)} files could not be read; they are named above.\nRepair or remove them."
         )
     return DONE
+
+
+def _mask_files(images: Sequence[Path], folder: Path, out: Path) -> dict[Path, Path]:
+    """Where the mask of each image goes: its place in `folder`, or its name if it is that itself, and .png.
+
+    Raises:
+        RevtrainError: two masks would be one file, or one would take the place of an image.
+    """
+    masks: dict[Path, Path] = {}
+    image_of: dict[Path, Path] = {}
+    real = {image.resolve() for image in images}
+    for image in images:
+        mask = out / image.relative_to(folder if image != folder else folder.parent).with_suffix(".png")
+        if mask in image_of:
+            raise RevtrainError(
+                f"{clean(image_of[mask])} and {clean(image)} would both have the mask {clean(mask)}.\n"
+                "Rename one of them."
+            )
+        if mask.resolve() in real:
+            raise RevtrainError(f"The mask {clean(mask)} would replace an image.\nGive --masks another folder.")
+        masks[image], image_of[mask] = mask, image
+    return masks
 
 
 # ---- revtrain-export ---------------------------------------------------------------------------------------
@@ -122,7 +168,8 @@ def _export_parser() -> argparse.ArgumentParser:
         "revtrain-export",
         description="Write a trained network to a file that needs no revtrain: weights (.safetensors), ONNX (.onnx) "
         "or torch.export (.pt2). Its logits are compared with the network's own first.",
-        epilog="The file takes normalised images (B, 3, H, W), float32; classes, mean and std are in its metadata.",
+        epilog="The file takes normalised images (B, 3, H, W), float32; task, classes, mean and std are in its "
+        "metadata.",
     )
     parser.add_argument("run", metavar="RUN_OR_CHECKPOINT", help=RUN_HELP)
     parser.add_argument(

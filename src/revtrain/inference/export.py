@@ -1,9 +1,11 @@
 """A trained network as a file that needs no revtrain: safetensors, ONNX, torch.export.
 
 All three hold the network for inference (eval mode, float32, `backward=store`: plain autograd modules): normalised
-images (B, 3, H, W) float32 to logits (B, classes), any B. What the numbers mean is in the file's metadata:
+images (B, 3, H, W) float32 to logits, (B, classes) or with task=segment (B, classes, H, W), any B. What the numbers
+mean is in the file's metadata:
 
     revtrain     the version that wrote it
+    task         classify, or segment
     classes      names, a JSON list
     image_size   side in pixels, or [height, width]
     mean, std    a channel, JSON lists, in units of the full scale: an input is (image / 255 - mean) / std
@@ -31,6 +33,7 @@ from revtrain.inference.restore import Trained
 from revtrain.machine.files import write_result_file
 
 TOLERANCE = 1e-5  # of logits, relative where they are greater than one
+TOLERANCE_OF_PIXELS = 1e-4  # likewise, of the mean over them
 INPUT, OUTPUT = "images", "logits"
 LARGEST_ONNX_BYTES = 2**31 - 2**20  # protobuf's limit, less what the graph takes
 METADATA_FILE = "revtrain.json"  # inside a .pt2
@@ -42,7 +45,8 @@ def export(trained: Trained, path: Path) -> float | None:
     What was written is loaded again and compared with the network itself before the file takes its place.
 
     Returns:
-        The greatest difference of the logits; None where nothing can run them here (ONNX without onnxruntime).
+        The greatest difference of the logits, see `difference_of`; None where nothing can run them here (ONNX without
+        onnxruntime).
 
     Raises:
         RevtrainError: another suffix, a missing package, or logits that differ.
@@ -66,8 +70,9 @@ def export(trained: Trained, path: Path) -> float | None:
         with _quiet():
             content = write(trained, trained.rebuilt(backward="store"))
             found = run(trained, content, images)
-    difference = None if found is None else (found - expected).abs().max().item()
-    if difference is not None and not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
+    difference = None if found is None else difference_of(found, expected)
+    tolerance = TOLERANCE_OF_PIXELS if trained.is_dense else TOLERANCE
+    if difference is not None and not difference <= tolerance * max(1.0, expected.abs().max().item()):
         raise RevtrainError(
             f"The logits of {path} differ from the network's own by {difference:.2g}; nothing was written.\n"
             "Try another format, and please report it."
@@ -76,10 +81,18 @@ def export(trained: Trained, path: Path) -> float | None:
     return difference
 
 
+def difference_of(found: Tensor, expected: Tensor) -> float:
+    """The greatest difference of logits (B, classes), or of those of pixels (B, classes, H, W) in the mean over the
+    pixels: states lie on a grid, and what is rounded the other way at some of them is no error."""
+    difference = (found - expected).abs()
+    return difference.flatten(2).mean(2).max().item() if difference.dim() > 2 else difference.max().item()
+
+
 def metadata(trained: Trained) -> dict[str, str]:
     """What stands beside the weights in every format; see the head of this module."""
     return {
         "revtrain": __version__,
+        "task": trained.config.network.task,
         "classes": json.dumps(trained.classes),
         "image_size": json.dumps(trained.image_size.plain),
         "mean": json.dumps(trained.mean.tolist()),

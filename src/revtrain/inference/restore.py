@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revtrain.config import Config, ImageSize, read
+from revtrain.config import Config, ImageSize, StreamSettings, read
 from revtrain.data import Dataset, normalise
 from revtrain.errors import RevtrainError
 from revtrain.machine import device as devices
-from revtrain.models import build_model
+from revtrain.models import build_model, divisor
+from revtrain.objective import loss_sum_and_hits
 from revtrain.runs import checkpoint
 from revtrain.runs.schema import CHECKPOINT, DataMeaning
 
@@ -35,10 +37,55 @@ class Trained:
     std: Tensor
     device: torch.device
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether pixels have classes (task=segment), not images."""
+        return self.config.network.task == "segment"
+
+    @property
+    def divisor(self) -> int:
+        """Of the sides of an image that is taken whole."""
+        return divisor(self.config.network)
+
+    @property
+    def streaming(self) -> StreamSettings | None:
+        """How the run read its images while it trained; None: they were all of one size, and in memory."""
+        own = self.config.data.own
+        return own if isinstance(own, StreamSettings) and getattr(own, "streams", True) else None
+
+    @property
+    def resized(self) -> ImageSize | None:
+        """What every image is resized to cover before anything else; None: it stays as it is."""
+        if self.streaming is not None:
+            return self.config.data.size
+        return None if self.is_dense else self.image_size
+
     def logits(self, images: Tensor) -> Tensor:
-        """(B, classes) float32 on the CPU, of images (B, 3, H, W) uint8, in the precision of the run."""
-        with torch.no_grad(), devices.autocast(self.device, self.config.network.precision):
-            return self.model(normalise(images.to(self.device), self.mean, self.std)).float().cpu()
+        """(B, classes) float32 on the CPU, with task=segment (B, classes, H, W), of images (B, 3, H, W) uint8, in the
+        precision of the run."""
+        return self._on_device(images).float().cpu()
+
+    def classes_of_pixels(self, images: Tensor) -> Tensor:
+        """The most probable class of each pixel, (B, H, W) uint8 on the CPU, of images (B, 3, H, W) uint8."""
+        return self._on_device(images).argmax(1).to(torch.uint8).cpu()
+
+    def loss_and_confusion(self, images: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+        """The summed losses of images (B, 3, H, W) uint8, whose pixels have the classes `labels` (B, H, W); how many
+        pixels of class i were taken for class j, (classes, classes) int64 on the CPU. No logits of full size are made.
+        """
+        with torch.no_grad(), self._autocast():
+            found = loss_sum_and_hits(self.model, self._normalised(images), labels.to(self.device), len(images))
+        return found[0][0].item(), found[1].cpu()
+
+    def _on_device(self, images: Tensor) -> Tensor:
+        with torch.no_grad(), self._autocast():
+            return self.model(self._normalised(images))
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        return normalise(images.to(self.device), self.mean, self.std)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return devices.autocast(self.device, self.config.network.precision)
 
     def rebuilt(self, **changes: Any) -> nn.Module:
         """The same weights in a network with other values of `Network`, e.g. `backward="store"`; on the CPU."""
@@ -92,7 +139,7 @@ def _meaning(data: DataMeaning, count: int) -> tuple[tuple[str, ...], ImageSize,
 
 
 def own_data(trained: Trained) -> Dataset:
-    """The data set that the run was trained on.
+    """The data set that the run was trained on, read as it was.
 
     Raises:
         RevtrainError: it is no longer where it was.
@@ -100,7 +147,7 @@ def own_data(trained: Trained) -> Dataset:
     from revtrain.data import load_data
 
     try:
-        return load_data(trained.config.data)
+        return load_data(trained.config.data, trained.divisor, trained.config.machine.seed)
     except RevtrainError as error:
         raise RevtrainError(f"{trained.path}: the data set of this run cannot be read.\n{error}") from error
 

@@ -32,7 +32,7 @@ from revtrain.errors import RevtrainError
 from revtrain.runs import sweeps
 from revtrain.runs.read import read_result
 
-GROUPS = ("arch", "data", "recipe", "scale", "size", "experiment")
+GROUPS = ("arch", "data", "task", "recipe", "scale", "size", "experiment")
 
 
 def slug(text: str, length: int = 80) -> str:

@@ -29,7 +29,7 @@ from revtrain.layers import (
     MomentumCoupling,
     PreNorm,
 )
-from revtrain.models import architectures, build_model, traits
+from revtrain.models import build_model, for_task, traits
 from revtrain.models.common import ReversibleNet
 
 
@@ -149,9 +149,10 @@ def compose(*overrides: str):
     """The configuration that `revtrain OVERRIDES` would run, on data that needs no download."""
     from revtrain.conf import compose
 
-    return compose(["data=synthetic", *overrides])
+    dense = any(f"arch={arch}" in overrides for arch in for_task("segment"))
+    return compose(["task=segment" if dense else "data=synthetic", *overrides])
 
 
-ARCHS = [arch_case(arch) for arch in architectures()]
+ARCHS = [arch_case(arch) for arch in for_task("classify")]
 REVERSIBLE = [case for case in ARCHS if case.reversible]
 INVERTIBLE_TRUNKS = [case for case in ARCHS if case.invertible_trunk]

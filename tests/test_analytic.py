@@ -11,7 +11,7 @@ import revtrain.models
 from revtrain.config import own_keys, registry
 from revtrain.errors import RevtrainError
 from revtrain.memory.closed_form import Term
-from revtrain.models import analytic_memory, architectures
+from revtrain.models import analytic_memory, for_task
 from revtrain.planning.plan import StepPredictor
 from revtrain.planning.predict import predict_step_memory
 
@@ -67,7 +67,7 @@ def test_closed_form_agrees_with_the_count_of_live_storages(case):
     assert model.fixed_of("theta") == large.parameters
 
 
-@pytest.mark.parametrize("arch", architectures())
+@pytest.mark.parametrize("arch", for_task("classify"))
 def test_closed_form_agrees_with_the_full_prediction(arch):
     """As above, with nothing left out of the step."""
     cfg = config(arch, "depth=18" if arch == "resnet18" else "depth=3")
@@ -75,7 +75,7 @@ def test_closed_form_agrees_with_the_full_prediction(arch):
     assert analytic_memory(cfg).bytes_per_pixel == pytest.approx(memory.bytes_per_pixel, rel=0.01)
 
 
-@pytest.mark.parametrize("arch", architectures())
+@pytest.mark.parametrize("arch", for_task("classify"))
 def test_terms_add_up_and_name_their_equation(arch):
     model = analytic_memory(config(arch))
     assert sum(term.bytes_per_pixel for term in model.terms) == pytest.approx(model.bytes_per_pixel)
@@ -108,7 +108,7 @@ def test_global_and_local_bottleneck():
     scaled = [*own_keys("models")["residual_scale"]]
     model = {
         arch: analytic_memory(config(arch, *(["residual_scale=0.5"] if arch in scaled else [])))
-        for arch in architectures()
+        for arch in for_task("classify")
     }
     for arch in ("revnet", "resnet18"):
         assert model[arch].of(bottleneck="global") > 0.7 * model[arch].bytes_per_pixel
@@ -119,7 +119,7 @@ def test_global_and_local_bottleneck():
     assert model["irevnet"].of(bottleneck="local") == (3 + 0.5) * 8 * 4  # the half: the scaled gradient
 
 
-@pytest.mark.parametrize("arch", [arch for arch in architectures() if arch != "resnet18"])
+@pytest.mark.parametrize("arch", [arch for arch in for_task("classify") if arch != "resnet18"])
 def test_more_of_anything_is_never_less_memory(arch):
     def bytes_per_pixel(*overrides: str) -> float:
         return analytic_memory(compose(f"arch={arch}", *overrides)).bytes_per_pixel

@@ -300,10 +300,10 @@ def test_a_failing_job_leaves_the_others_of_its_sweep_complete(command):
 def test_a_bug_in_one_job_does_not_end_the_sweep(command, monkeypatch):
     load = revtrain.data.load_data
 
-    def sometimes(cfg):
+    def sometimes(cfg, *rest):
         if cfg.own.seed == 1:
             raise TypeError("inner workings")
-        return load(cfg)
+        return load(cfg, *rest)
 
     monkeypatch.setattr(revtrain.data, "load_data", sometimes)
     ran = command("-m", *TINY, "epochs=1", "probe.every=0", "data.seed=0,1,2")

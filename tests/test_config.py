@@ -16,7 +16,7 @@ from revtrain.config.help import keys_help
 from revtrain.data import datasets
 from revtrain.data.synthetic import facts
 from revtrain.errors import RevtrainError
-from revtrain.models import architectures
+from revtrain.models import architectures, for_task
 
 CONF = Path(revtrain.conf.__file__).parent
 VARIANTS = {
@@ -30,17 +30,18 @@ VARIANTS = {
 FAST = {"zero_last"}  # what recipe=fast changes
 YAMLS = [
     (group, path.stem)
-    for group in ("arch", "data", "recipe", "scale", "experiment")
+    for group in ("arch", "data", "task", "recipe", "scale", "experiment")
     for path in (CONF / group).glob("*.yaml")
 ]
 
 
 @pytest.mark.parametrize(("group", "name"), YAMLS)
 def test_every_yaml_composes_and_is_valid(group, name):
-    cfg = compose([f"{group}={name}", "data.root=."])
+    dense = name in (*for_task("segment"), "maskfolder", "synthetic_masks")
+    cfg = compose([f"{group}={name}", "data.root=.", *(["task=segment"] if dense else [])])
     read(cfg)
     if group not in ("recipe", "scale"):
-        chosen = {"arch": cfg.arch, "data": cfg.data.name, "experiment": cfg.experiment}[group]
+        chosen = {"arch": cfg.arch, "data": cfg.data.name, "task": cfg.task, "experiment": cfg.experiment}[group]
         assert chosen == VARIANTS.get(name, name)
 
 
@@ -61,7 +62,7 @@ def test_the_scale_of_a_figure_is_one_word():
     assert full.arch == "layerwise" and full.data.name == "imagefolder"
 
 
-@pytest.mark.parametrize("arch", architectures())
+@pytest.mark.parametrize("arch", for_task("classify"))
 def test_a_recipe_suits_every_architecture_and_the_papers_is_the_default(arch):
     fast, paper, default = (
         flatten(flat(read(compose([f"arch={arch}", "data=synthetic", *words]))))
@@ -112,8 +113,8 @@ def test_the_quickstart_shows_what_revtrain_is_for():
     assert cfg.data.name == "synthetic" and facts(cfg.data).image_size == 32  # no download
 
 
-@pytest.mark.parametrize("arch", [*architectures(), *VARIANTS])
-@pytest.mark.parametrize("data", datasets())
+@pytest.mark.parametrize("arch", [*for_task("classify"), *VARIANTS])
+@pytest.mark.parametrize("data", [name for name in datasets() if "mask" not in name])
 def test_the_quickstart_runs_with_another_arch_and_data(arch, data):
     cfg = read(compose(["experiment=quickstart", f"arch={arch}", f"data={data}", "data.root=."]))
     assert (cfg.network.arch, cfg.data.name) == (VARIANTS.get(arch, arch), data)
@@ -155,7 +156,7 @@ WRONG = [
     (["probe.batch=1"], "probe.batch=1", "at least 2"),
     (["probe.every=-1"], "probe.every=-1", "never probe"),
     (["data=imagefolder"], "without data.root", "train/CLASS"),
-    (["data.name=mnist"], "data=mnist", "cifar10, far_apart, imagefolder, synthetic"),
+    (["data.name=mnist"], "data=mnist", "cifar10, far_apart, imagefolder, maskfolder, synthetic"),
     (["data.train_limit=0"], "data.train_limit=0", "at least 1"),
     (["data.classes=1"], "data.classes=1", "at least 2"),
     (["data.image_size=0"], "data.image_size=0", "at least 1"),

@@ -33,7 +33,7 @@ from revtrain.config import all_keys, read
 from revtrain.core.chain import InvertibleChain
 from revtrain.errors import RevtrainError
 from revtrain.kernels.pieces import set_chunk_mib
-from revtrain.models import architectures
+from revtrain.models import for_task
 from revtrain.numerics.verify import verify
 from revtrain.runs.schema import RESULT_KEYS
 
@@ -516,9 +516,12 @@ def exists(dotted: str) -> bool:
 def usable(assignment: str) -> bool:
     """Whether some architecture takes this key=value."""
     data = "imagefolder" if assignment.startswith(("experiment=fig", "experiment=cifar10")) else "synthetic"
-    for arch in sorted(architectures(), key="hybrid".__ne__):  # the default first: most take its keys
+    archs = [[f"arch={arch}"] for arch in sorted(for_task("classify"), key="hybrid".__ne__)]  # most take hybrid's keys
+    sets = [[f"data={data}"], ["data=imagefolder"]]
+    tried = [[*arch, *own] for own in sets for arch in archs]
+    for words in (*tried, [], ["task=segment"], ["task=segment", "data=maskfolder"]):
         try:
-            read(compose([f"arch={arch}", f"data={data}", "data.root=FOLDER", assignment]))
+            read(compose([*words, "data.root=FOLDER", assignment]))
             return True
         except (RevtrainError, HydraException, OmegaConfBaseException):
             continue
@@ -527,7 +530,7 @@ def usable(assignment: str) -> bool:
 
 def unknown(span: str, own: frozenset[str] = frozenset()) -> list[str]:
     """What of some code in prose does not exist. `own`: words that the page's own examples define."""
-    keys, groups = all_keys(), {"experiment", "scale", "size", "recipe", "arch", "data"}
+    keys, groups = all_keys(), {"experiment", "scale", "size", "recipe", "arch", "data", "task"}
     missing = []
     for word in span.split():
         if "/" in word and "::" not in word and re.search(r"\.\w+$|/$|\*", word):

@@ -42,7 +42,7 @@ from revtrain.conf import compose
 from revtrain.config.schema import BACKWARDS, POOLINGS, PRECISIONS, SCHEDULES, STATE_FORMATS
 from revtrain.errors import RevtrainError
 from revtrain.machine import files
-from revtrain.models import architectures
+from revtrain.models import for_task
 from revtrain.runs import checkpoint
 from revtrain.training import run as train
 
@@ -890,7 +890,7 @@ def listed(*choices):
 
 
 KEYS = {
-    "arch": one_of(*architectures()),
+    "arch": one_of(*for_task("classify")),
     "depth": whole_numbers(1, 6),
     "width": whole_numbers(1, 9),
     "slope": FLOAT,

@@ -665,13 +665,13 @@ def test_what_hardly_matters_is_told_from_the_networks_themselves():
 def test_a_warning_that_every_job_gives_reaches_the_terminal_once(command, own_processes, monkeypatch):
     load = revtrain.data.load_data
 
-    def load_and_warn(config):
+    def load_and_warn(config, *rest):
         logging.getLogger("revtrain.data").warning("data       three files were left out")
         with warnings.catch_warnings():
             warnings.simplefilter("always")
             warnings.warn("an old driver", stacklevel=1)
         logging.getLogger("revtrain.data").warning("data       only %d of them", config.own.seed)
-        return load(config)
+        return load(config, *rest)
 
     monkeypatch.setattr(revtrain.data, "load_data", load_and_warn)
     ran = command("-m", *QUICK, "data.seed=0,1,2", "hydra.sweep.subdir='100% ${hydra.job.num}'")
@@ -693,10 +693,10 @@ def test_a_warning_that_every_job_gives_reaches_the_terminal_once(command, own_p
 def test_the_progress_of_other_packages_is_no_news_of_a_run(command, monkeypatch, package, level, text):
     load = revtrain.data.load_data
 
-    def load_and_say(config):
+    def load_and_say(config, *rest):
         logging.getLogger(package).log(level, text)
         logging.getLogger("another.package").warning("something is wrong")
-        return load(config)
+        return load(config, *rest)
 
     monkeypatch.setattr(revtrain.data, "load_data", load_and_say)
     ran = command(*QUICK)

@@ -13,7 +13,7 @@ from revtrain.config import read
 from revtrain.core.chain import InvertibleChain
 from revtrain.data import load_data, normalise
 from revtrain.layers import AdditiveCoupling
-from revtrain.models import architectures, build_model, traits
+from revtrain.models import build_model, for_task, traits
 from revtrain.numerics.fidelity import TRUSTED_COSINE, FidelityWatch, remedies, summarise_gradients, trusted
 from revtrain.numerics.gradients import GradientFidelity, compare, probe_gradients
 from revtrain.numerics.probing import loss_gradients
@@ -181,7 +181,7 @@ def test_advice_is_what_an_architecture_knows_of_itself():
     assert remedies_of("arch=revnet", "stream=plain") == ["stream=auto"]
 
 
-@pytest.mark.parametrize("arch", architectures())
+@pytest.mark.parametrize("arch", for_task("classify"))
 def test_advised_architectures_have_less_noise(arch):
     levels = ["nowhere", "in blocks", "along the chain"]
     advised = [each.removeprefix("arch=") for each in remedies_of(f"arch={arch}") if each.startswith("arch=")]

@@ -51,7 +51,7 @@ def peaks_of_a_run(*words, images: int) -> dict[str, int]:
         model = revtrain.models.build(config.network, Images(10, 32)).train()
         step = Step(model, config, batch, dataset, CPU)
         probe = Probe(probed, dataset.train)
-        progress = Progress.begin(images, images // batch, step.generator, CPU)
+        progress = Progress.begin(images, images // batch, step.generator, torch.zeros_like(step.hits))
         live.reset_peak()
         for index in range(2):
             if index == 1:  # the first one makes the momentum

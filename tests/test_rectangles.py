@@ -14,7 +14,7 @@ from revtrain.cli.inference import evaluate_main, export_main
 from revtrain.config import AugmentConfig, ImageSize, read
 from revtrain.data import draw_augmentation
 from revtrain.errors import RevtrainError
-from revtrain.models import analytic_memory, architectures, build_model
+from revtrain.models import analytic_memory, build_model, for_task
 from revtrain.planning.plan import make_plan
 from revtrain.planning.predict import StepPredictor
 from revtrain.runs import checkpoint
@@ -30,7 +30,7 @@ def test_a_size_is_a_side_or_height_and_width():
     assert ImageSize.of([16, 64]).pixels == ImageSize.of(32).pixels == 1024
 
 
-@pytest.mark.parametrize("arch", architectures())
+@pytest.mark.parametrize("arch", for_task("classify"))
 def test_the_closed_form_counts_pixels_whatever_their_form(arch):
     cfg = compose(f"arch={arch}", *SMALL, "depth=18" if arch == "resnet18" else "depth=3")
     assert analytic_memory(cfg, 10, [16, 64]).peak_bytes(512, [16, 64]) == analytic_memory(cfg).peak_bytes(512, 32)

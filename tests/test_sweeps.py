@@ -94,10 +94,10 @@ def test_a_sweep_skips_what_is_complete_repeats_what_failed_and_resumes_what_was
     load, draw, drawn = revtrain.data.load_data, revtrain.data.draw_augmentation, []
     failing = iter([False, True, False])
 
-    def load_or_fail(cfg):
+    def load_or_fail(*args):
         if next(failing):
             raise TypeError("inner workings")
-        return load(cfg)
+        return load(*args)
 
     def draw_or_interrupt(*args):
         drawn.append(1)

@@ -6,6 +6,7 @@ keys -> schema -> registry -> door -> help. Neither torch nor Hydra is imported.
 from revtrain.config.door import (
     all_keys,
     check_micro_batches,
+    check_parts,
     expected,
     flat,
     flatten,
@@ -18,6 +19,7 @@ from revtrain.config.image_size import ImageSize
 from revtrain.config.keys import Key, absolute, did_you_mean, key, keys_of, word
 from revtrain.config.memory_size import parse_memory
 from revtrain.config.schema import (
+    IGNORED,
     AugmentConfig,
     Config,
     CouplingSettings,
@@ -26,10 +28,12 @@ from revtrain.config.schema import (
     Machine,
     Network,
     ProbeConfig,
+    StreamSettings,
     Training,
 )
 
 __all__ = [
+    "IGNORED",
     "AugmentConfig",
     "Config",
     "CouplingSettings",
@@ -40,10 +44,12 @@ __all__ = [
     "Machine",
     "Network",
     "ProbeConfig",
+    "StreamSettings",
     "Training",
     "absolute",
     "all_keys",
     "check_micro_batches",
+    "check_parts",
     "did_you_mean",
     "expected",
     "flat",

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any, Optional, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, Optional, cast, get_args, get_origin, get_type_hints
 
 from revtrain.config import registry
 from revtrain.config.keys import Key, absolute, check, did_you_mean, in_words, keys_of
 from revtrain.config.memory_size import parse_memory
-from revtrain.config.schema import Config, DataConfig, Machine, Network, ProbeConfig, Training
+from revtrain.config.schema import Config, DataConfig, Machine, Network, ProbeConfig, StreamSettings, Training
 from revtrain.errors import RevtrainError
 
 if TYPE_CHECKING:
@@ -82,10 +82,14 @@ def _schema_fields(part: type) -> list[tuple[str, Any, Any]]:
         if item.name != "own":
             # what must be given by a yaml, as depth is by each architecture's, is null before that
             kind = Optional[hints[item.name]] if item.default is None else hints[item.name]
-            if item.metadata.get("rule") is not None and item.metadata["rule"].count is not None:
-                kind = Any  # OmegaConf knows no choice between a number and a list
-            found.append((item.name, kind, _same_default(item)))
+            found.append((item.name, _kind_for_omegaconf(kind), _same_default(item)))
     return found
+
+
+def _kind_for_omegaconf(kind: Any) -> Any:
+    """It knows no choice between a number and a list: those are checked here alone."""
+    is_choice_with_list = len(get_args(kind)) > 1 and any(get_origin(each) is list for each in get_args(kind))
+    return Any if is_choice_with_list and int in get_args(kind) else kind
 
 
 def _same_default(item: Field[Any]) -> Any:
@@ -100,7 +104,7 @@ def _own_fields(package: str) -> list[tuple[str, Any, Any]]:
         kinds = {key.type for key in owners.values()}
         if len(kinds) > 1:
             raise TypeError(f"{name} has different types in {', '.join(owners)}: {kinds}")
-        found.append((name.rpartition(".")[2], Optional[kinds.pop()], None))
+        found.append((name.rpartition(".")[2], _kind_for_omegaconf(Optional[kinds.pop()]), None))
     return found
 
 
@@ -237,6 +241,7 @@ def _check_together(config: Config) -> None:
             f"width={width} was given; expected an even number: {network.arch} halves its channels.\n"
             f"Use width={width - 1 or 2} or width={width + 1}."
         )
+    _check_task(config)
     _check_slope(network.slope)
     check_micro_batches(config.training.batch, config.training.accumulate)
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", machine.device):
@@ -257,17 +262,50 @@ def _check_together(config: Config) -> None:
         check_data(config.data)
 
 
+def _check_task(config: Config) -> None:
+    task, training = config.network.task, config.training
+    for group, package, name in (("arch", "models", config.network.arch), ("data", "data", config.data.name)):
+        tasks = {each: _tasks(package, each) for each in registry.names(package)}
+        if task not in tasks[name]:
+            others = ", ".join(f"{group}={each}" for each, its in tasks.items() if task in its)
+            raise RevtrainError(
+                f"{group}={name} was given with task={task}; it is for task={tasks[name][0]}.\n"
+                f"Add task={tasks[name][0]}, or choose one for task={task}: {others}."
+            )
+    if task == "segment":
+        for name in ("label_smoothing", "test_flip"):
+            if value := getattr(training, name):
+                raise RevtrainError(
+                    f"{name}={value} was given with task=segment; it is for the classes of images.\nLeave {name} out."
+                )
+
+
+def _tasks(package: str, name: str) -> tuple[str, ...]:
+    """What an architecture is for, or the labels of a data set."""
+    module = registry.load(package, name)
+    return (module.TRAITS.task,) if package == "models" else getattr(module, "TASKS", ("classify",))
+
+
 def check_micro_batches(batch: int | str, accumulate: int, processes: int = 1) -> None:
-    """Refuse a batch that `accumulate` does not cut into equal micro-batches of two images or more for each process."""
+    """Refuse a batch that `accumulate` does not cut into equal micro-batches for each process."""
     unit = accumulate * processes
-    if isinstance(batch, str) or accumulate == 1 or (batch % unit == 0 and batch >= 2 * unit):
+    if isinstance(batch, str) or accumulate == 1 or batch % unit == 0:
         return
     shared = f" for each of {processes} processes" if processes > 1 else ""
-    near = max(2, round(batch / unit)) * unit
+    near = max(1, round(batch / unit)) * unit
     raise RevtrainError(
-        f"accumulate={accumulate} was given with batch={batch}; expected as many equal micro-batches{shared},\n"
-        f"of two images or more. Use batch={near}, or another accumulate."
+        f"accumulate={accumulate} was given with batch={batch}; expected as many equal micro-batches{shared}.\n"
+        f"Use batch={near}, or another accumulate."
     )
+
+
+def check_parts(own: StreamSettings | None) -> None:
+    """Refuse several parts of each image where no parts are cut out."""
+    if own is not None and own.crops > 1 and own.crop is None:
+        raise RevtrainError(
+            f"data.crops={own.crops} was given without data.crop; it is how many parts an epoch takes of each image.\n"
+            "Add the side of a part, as in data.crop=512."
+        )
 
 
 def _check_slope(slope: float) -> None:

@@ -30,5 +30,9 @@ class ImageSize(NamedTuple):
         """The sides that are next to these, of those that `divisor` divides."""
         return ImageSize(*(max(divisor, round(side / divisor) * divisor) for side in self))
 
+    def covering(self, divisor: int) -> ImageSize:
+        """The next larger sides, or these, that `divisor` divides."""
+        return ImageSize(*(-(-side // divisor) * divisor for side in self))
+
     def __str__(self) -> str:
         return f"{self.height}x{self.width}"

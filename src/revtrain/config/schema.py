@@ -23,8 +23,10 @@ from revtrain.config.image_size import ImageSize
 from revtrain.config.keys import key
 
 LARGEST_SEED = 2**63 - 1  # of torch's generators
+IGNORED = 255  # the label of pixels that count for nothing
 STATE_FORMATS = ("plain", "float32", "int32", "int16")
 NORM_SIGNS = ("positive", "mixed", "negative")
+TASKS = ("classify", "segment")
 POOLINGS = ("channel", "batch", "stride")
 PRECISIONS = ("fp32", "bf16", "fp16")
 BACKWARDS = ("invert", "store")
@@ -39,6 +41,11 @@ class Network(Generic[Own]):
     """What is built. `own` holds the keys that only some architectures have."""
 
     arch: str = key(None, "architecture")
+    task: str = key(
+        "classify",
+        "classify: the class of each image; segment: that of each pixel (chooses arch, data and augmentation for it)",
+        choices=TASKS,
+    )
     depth: int = key(
         None,
         "units of the trunk, spread over the stages",
@@ -144,6 +151,10 @@ class AugmentConfig:
     alternate_flip: bool = key(
         False, "flip by chance in the first epoch only; every second one mirrors the other half of the images"
     )
+    flip_vertical: bool = key(False, "vertical flip with probability 1/2, for images without an upper side")
+    colour: float = key(
+        0.0, "largest change of brightness, contrast and saturation, as in 0.2: a fifth up or down", at_least=0, below=1
+    )
     cutout: int = key(8, "side in pixels of the square set to the mean; 0: none", at_least=0,
                       remark="0 means: no cutout")  # fmt: skip
 
@@ -163,6 +174,11 @@ class DataConfig(Generic[Own]):
     test_limit: Optional[int] = key(None, "so many test images; null: all", at_least=1)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     own: Own = field(default=None)  # type: ignore[assignment]  # filled in by `revtrain.config.read`
+
+    @property
+    def streams(self) -> bool:
+        """Whether images are read when they are needed, and never all in memory."""
+        return isinstance(self.own, StreamSettings) and self.own.streams
 
     @property
     def size(self) -> ImageSize | None:
@@ -191,6 +207,36 @@ class Config:
     data: DataConfig[Any]
     probe: ProbeConfig
     experiment: Any = None
+
+
+# ---- keys that several data sets share -------------------------------------------------------------------
+
+
+@dataclass
+class StreamSettings:
+    """Of data sets that can be read while the network trains."""
+
+    crop: int | list[int] | None = key(
+        None,
+        "side in pixels, or [height,width], of the part that is cut out: of a training image anywhere, of a test image "
+        "its centre, or all of it in windows of that size where pixels are judged; smaller images are mirrored at "
+        "their borders; null: whole images",
+        at_least=1,
+        count=2,
+    )
+    crops: int = key(1, "parts cut out of each training image in an epoch, with crop", at_least=1)
+    workers: int = key(4, "threads that read images ahead", at_least=1, at_most=256)
+    level: int = key(0, "of a slide's pyramid that is read; 0: the finest", at_least=0)
+
+    @property
+    def crop_size(self) -> ImageSize | None:
+        """Of the parts that are cut out; None: whole images."""
+        return None if self.crop is None else ImageSize.of(self.crop)
+
+    @property
+    def streams(self) -> bool:
+        """Whether images are read when they are needed."""
+        return True
 
 
 # ---- keys that several architectures share ---------------------------------------------------------------

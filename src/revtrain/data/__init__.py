@@ -6,6 +6,7 @@ A data set's file defines
     load       (data) -> (training split, test split, names of the classes); `data` is a `revtrain.config.DataConfig`
     facts      (data) -> `Facts`, as far as they are known without looking at the images (left out: none)
     check      (data): refuses values before anything is loaded (left out: nothing to refuse)
+    TASKS      what its labels are for: ("classify",), ("segment",) or both (left out: the first)
     SAME_IMAGES_ANYWHERE   True where `data.root` does not decide which images these are (left out: it does)
 
 Neither torch nor anything that needs it is imported at the head of such a file: the command line reads the `Settings`
@@ -24,29 +25,60 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from revtrain.config import registry
 
 if TYPE_CHECKING:
-    from revtrain.data.augmentation import Draws, augment, draw_augmentation, first_flips, normalise
-    from revtrain.data.dataset import Dataset, Split, channel_statistics, check_room, load_data
+    from revtrain.data.augmentation import (
+        Draws,
+        augment,
+        augment_masks,
+        draw_augmentation,
+        draw_columns,
+        first_flips,
+        normalise,
+    )
+    from revtrain.data.dataset import AnySplit, Dataset, Split, channel_statistics, check_room, load_data
+    from revtrain.data.streamed import StreamedSplit
 
 __all__ = [
+    "AnySplit",
     "Dataset",
     "Draws",
     "Facts",
     "Split",
+    "StreamedSplit",
     "augment",
+    "augment_masks",
     "channel_statistics",
     "check_room",
     "datasets",
     "draw_augmentation",
+    "draw_columns",
     "first_flips",
     "load_data",
     "normalise",
     "user_cache",
 ]
 
-SHARED = ("augmentation", "dataset", "imagefiles", "shapes")  # modules of this package that are no data set
+# modules of this package that are no data set
+SHARED = (
+    "augmentation",
+    "dataset",
+    "imagefiles",
+    "masks",
+    "regions",
+    "shapes",
+    "streamed",
+)
 _MODULES = {
-    "augmentation": ("Draws", "augment", "draw_augmentation", "first_flips", "normalise"),
-    "dataset": ("Dataset", "Split", "channel_statistics", "check_room", "load_data"),
+    "augmentation": (
+        "Draws",
+        "augment",
+        "augment_masks",
+        "draw_augmentation",
+        "draw_columns",
+        "first_flips",
+        "normalise",
+    ),
+    "dataset": ("AnySplit", "Dataset", "Split", "channel_statistics", "check_room", "load_data"),
+    "streamed": ("StreamedSplit",),
 }
 
 

@@ -1,13 +1,13 @@
-"""A data set in memory, as uint8: its two splits, fixed subsets of them, and its statistics.
+"""A data set: its two splits, in memory as uint8 or read when needed, fixed subsets of them, and its statistics.
 
-B images of a batch, N images of a split, H = W pixels a side.
+B images of a batch, N images of a split, H x W pixels.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -15,21 +15,64 @@ import torch
 from torch import Tensor
 
 from revtrain.config import DataConfig, ImageSize, registry
+from revtrain.data.streamed import StreamedSplit
 from revtrain.errors import RevtrainError
 
 # Subsets are the same in every run, whatever its seed: two runs on 1,000 images see the same 1,000.
 SUBSET_SEED = 1910_11127
+COUNTED_PIXELS = 2**26  # of streamed images, for mean and deviation
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images (N, 3, H, W) uint8 and labels (N,) int64, both on the CPU."""
+    """Images (N, 3, H, W) uint8 and labels, (N,) int64 of images or (N, H, W) uint8 of pixels."""
 
     images: Tensor
     labels: Tensor
+    is_uniform = True  # all images are of one size
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def image_size(self) -> ImageSize:
+        """Of all images, in pixels."""
+        return ImageSize(*self.images.shape[-2:])
+
+    @property
+    def smallest(self) -> ImageSize:
+        """Of the smallest image."""
+        return self.image_size
+
+    @property
+    def class_labels(self) -> Tensor:
+        """(N,) int64: the classes of the images, all 0 where pixels have classes instead."""
+        return self.labels if self.labels.dim() == 1 else torch.zeros(len(self), dtype=torch.int64)
+
+    @property
+    def nbytes(self) -> int:
+        """In memory."""
+        return self.images.nbytes + self.labels.nbytes
+
+    def read(self, picked: Tensor) -> tuple[Tensor, Tensor]:
+        """The images (B, 3, H, W) and labels of `picked` (B,)."""
+        return self.images[picked], self.labels[picked]
+
+    def batches(self, size: int, turn: int = 0, turns: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images with their labels, `size` at a time; of `turns` processes that take turns, the batches of one."""
+        parts = list(zip(self.images.split(size), self.labels.split(size), strict=True))
+        yield from parts[turn::turns]
+
+    def subset(self, chosen: Tensor) -> Split:
+        """Of the images `chosen` (n,)."""
+        return Split(self.images[chosen], self.labels[chosen])
+
+    def on(self, device: torch.device) -> Split:
+        """The same on a device."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+AnySplit = Split | StreamedSplit
 
 
 @dataclass(frozen=True)
@@ -39,20 +82,24 @@ class Dataset:
     `mean` and `std` are (3,) float32, per channel, in units of the full scale (0..1).
     """
 
-    train: Split
-    test: Split
+    train: AnySplit
+    test: AnySplit
     classes: tuple[str, ...]
     mean: Tensor
     std: Tensor
 
     @property
     def image_size(self) -> ImageSize:
-        """Of all images, in pixels."""
-        return ImageSize(*self.train.images.shape[-2:])
+        """Of all training images, in pixels, or of the largest one."""
+        return self.train.image_size
 
 
-def load_data(cfg: DataConfig[Any]) -> Dataset:
+def load_data(cfg: DataConfig[Any], divisor: int = 1, seed: int = 0) -> Dataset:
     """The data set that the `data` part of the configuration describes.
+
+    Args:
+        divisor: images that are streamed as large as they are come to sides that it divides.
+        seed: of the parts that are cut out of streamed images.
 
     Raises:
         RevtrainError: unknown name, missing or damaged files, a class count or a limit that does not fit.
@@ -75,14 +122,25 @@ def load_data(cfg: DataConfig[Any]) -> Dataset:
         raise RevtrainError(f"data.image_size={cfg.image_size} is no number of pixels.\nGive 1 or more, or null.")
 
     train, test, classes = source.load(cfg)
+    if isinstance(train, StreamedSplit):
+        train, test = (replace(split, divisor=divisor, seed=seed) for split in (train, test))
     if cfg.classes is not None and cfg.classes != len(classes):
         raise RevtrainError(
             f"data.classes={cfg.classes}, but the data set has {len(classes)} classes.\nLeave it out (null)."
         )
     train = _subset(train, len(classes), cfg.train_limit, "train")
     test = _subset(test, len(classes), cfg.test_limit, "test")
-    mean, std = channel_statistics(train.images)
+    mean, std = _statistics(train)
     return Dataset(train, test, tuple(classes), mean, std)
+
+
+def _statistics(train: AnySplit) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of all images in memory, or of as many evenly chosen ones as have COUNTED_PIXELS."""
+    if isinstance(train, Split):
+        return channel_statistics(train.images)
+    count = max(1, min(len(train), COUNTED_PIXELS // train.image_size.pixels))
+    chosen = torch.linspace(0, len(train) - 1, count).long().unique()
+    return _statistics_of_chunks(images for images, _ in train.subset(chosen).batches(1))
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,9 +150,13 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
     Counts of the 256 levels are gathered chunk by chunk: exact, and no float copy of the images exists.
     """
-    counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
-    for chunk in images.split(4096):
-        for channel in range(images.shape[1]):
+    return _statistics_of_chunks(images.split(4096))
+
+
+def _statistics_of_chunks(chunks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    counts = torch.zeros(3, 256, dtype=torch.int64)
+    for chunk in chunks:
+        for channel in range(len(counts)):
             counts[channel] += torch.bincount(chunk[:, channel].flatten(), minlength=256)
     levels = torch.arange(256, dtype=torch.float64) / 255
     shares = counts.double() / counts.sum(1, keepdim=True)
@@ -120,11 +182,12 @@ def check_room(count: int, image_size: int | Sequence[int], what: str) -> None:
     if needed > there:
         raise RevtrainError(
             f"{count} images of {size} pixels ({what}) need {needed / 2**30:,.1f} GiB; this machine has "
-            f"{there / 2**30:,.1f} GiB.\nUse smaller ones, as in data.image_size=32, or fewer."
+            f"{there / 2**30:,.1f} GiB.\nUse smaller ones, as in data.image_size=32, or fewer; "
+            "data=imagefolder can read them when they are needed: data.stream=true."
         )
 
 
-def _subset(split: Split, classes: int, limit: int | None, name: str) -> Split:
+def _subset(split: Any, classes: int, limit: int | None, name: str) -> Any:
     """`limit` images, as balanced as the split allows; a smaller subset lies within a larger one."""
     if limit is None:
         return split
@@ -134,8 +197,9 @@ def _subset(split: Split, classes: int, limit: int | None, name: str) -> Split:
             f"Give 1 to {len(split)}, or null for all."
         )
     shuffled = torch.randperm(len(split), generator=torch.Generator().manual_seed(SUBSET_SEED))
-    by_class = shuffled[split.labels[shuffled].argsort(stable=True)]
-    sizes = torch.bincount(split.labels, minlength=classes)
+    labels = split.class_labels
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    sizes = torch.bincount(labels, minlength=classes)
     rank = torch.cat([torch.arange(size) for size in sizes.tolist()])  # place of each image within its class
     chosen = by_class[rank.argsort(stable=True)[:limit]].sort().values
-    return Split(split.images[chosen], split.labels[chosen])
+    return split.subset(chosen)

@@ -13,20 +13,21 @@ import os
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from revtrain.config import DataConfig, ImageSize
-from revtrain.data import Facts, imagefiles, user_cache
+from revtrain.config import DataConfig, ImageSize, StreamSettings, check_parts, key
+from revtrain.data import Facts, imagefiles, regions, user_cache
 from revtrain.errors import RevtrainError, printable
 from revtrain.machine import files
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
     from revtrain.data import Split
     from revtrain.data.imagefiles import Listing
+    from revtrain.data.streamed import StreamedSplit
 
 CACHE_FORMAT = 2  # part of the hash: raise it when decoding changes
 WHOLE = (
@@ -39,38 +40,46 @@ MANY_UNUSABLE = 100  # images: then the search for more of them ends
 log = logging.getLogger(__name__)
 
 
-def facts(cfg: DataConfig[Any]) -> Facts:
+@dataclass
+class Settings(StreamSettings):
+    """How images are read."""
+
+    stream: bool = key(False, "read images when they are needed, never all into memory; their sizes may then differ")
+
+    @property
+    def streams(self) -> bool:
+        """Whether images are read when they are needed."""
+        return self.stream or self.crop is not None
+
+
+def facts(cfg: DataConfig[Settings]) -> Facts:
     """What the configuration says: the folder is not looked at."""
-    return Facts(cfg.classes, cfg.image_size)
+    return Facts(cfg.classes, (cfg.own or Settings()).crop or cfg.image_size)
 
 
-def check(cfg: DataConfig[Any]) -> str:
+def check(cfg: DataConfig[Settings]) -> str:
     """The folder; a configuration without one is refused."""
     if not cfg.root:
         raise RevtrainError(
             "data=imagefolder was given without data.root.\n"
             "Add data.root=FOLDER, a folder that holds train/CLASS/* and test/CLASS/*."
         )
+    check_parts(cfg.own)
     return cfg.root
 
 
-def load(cfg: DataConfig[Any]) -> tuple[Split, Split, list[str]]:
+def load(cfg: DataConfig[Settings]) -> tuple[Split | StreamedSplit, Split | StreamedSplit, list[str]]:
     """Training set, test set and class names of the folder `data.root`.
 
-    All images must be of one size, unless `data.image_size` is given: each is then resized until it just covers it,
-    and the centre is cut out.
+    Images in memory must all be of one size, unless `data.image_size` is given: each is then resized until it just
+    covers it, and the centre is cut out. With `data.stream` or `data.crop` they stay on disk, see `streamed`.
 
     Raises:
         RevtrainError: missing or empty folders, differing classes, an image that cannot be used.
     """
-    root = files.place(check(cfg), "data.root")
-    root = root if root.is_absolute() else files.working_folder() / root
-    if not files.is_folder(root):
-        raise RevtrainError(
-            f"data.root={printable(cfg.root)} is no folder ({printable(root)}).\n"
-            "Give a folder that holds train/CLASS/* and test/CLASS/*."
-        )
-    train, test = (_listing(root / split, WHOLE) for split in ("train", "test"))
+    own = cfg.own or Settings()
+    root = imagefiles.root_folder(check(cfg), "Give a folder that holds train/CLASS/* and test/CLASS/*.")
+    train, test = (_listing(root / split, WHOLE, own.streams) for split in ("train", "test"))
     if train.classes != test.classes:
         missing = [name for name in train.classes if name not in test.classes]
         extra = [name for name in test.classes if name not in train.classes]
@@ -80,6 +89,8 @@ def load(cfg: DataConfig[Any]) -> tuple[Split, Split, list[str]]:
             "Give both the same class folders."
         )
     imagefiles.say_left_out(root, (train, test))
+    if own.streams:
+        return _streamed(cfg.size, own, root, train, own.crops), _streamed(cfg.size, own, root, test, 1), train.classes
 
     cache = _cache_file(cfg.cache, _fingerprint(root, train, test, cfg.size))
     arrays = _read_cache(cache, (len(train), len(test))) if cache else None
@@ -98,11 +109,19 @@ def _split(images: np.ndarray, source: Listing) -> Split:
     return Split(torch.from_numpy(images), torch.tensor(source.labels))
 
 
-def _listing(folder: Path, expected: str) -> Listing:
+def _streamed(size: ImageSize | None, own: StreamSettings, root: Path, source: Listing, repeats: int) -> StreamedSplit:
+    from revtrain.data import streamed
+
+    items = [streamed.Item(path, label) for path, label in zip(source.images, source.labels, strict=True)]
+    return streamed.split(items, own, size, root, repeats)
+
+
+def _listing(folder: Path, expected: str, slides: bool = False) -> Listing:
     """The images of the class folders in `folder`, at least one of each."""
     if not files.is_folder(folder):
         raise RevtrainError(f"There is no folder {printable(folder)}.\n{expected}")
-    listing = imagefiles.list_images(folder, by_class=True)
+    suffixes = imagefiles.SUFFIXES + (regions.SLIDE_SUFFIXES if slides else ())
+    listing = imagefiles.list_images(folder, by_class=True, suffixes=suffixes)
     if not listing.images or len(set(listing.labels)) < len(listing.classes):
         raise imagefiles.no_images(listing, expected)
     return listing
@@ -115,27 +134,43 @@ def _few(names: list[str]) -> str:
 # ---- images of other folders, for a network that is trained already ----------------------------------------
 
 
-def load_labelled(folder: str | Path, image_size: int | Sequence[int]) -> tuple[Split, list[str]]:
+def load_labelled(
+    folder: str | Path,
+    image_size: int | Sequence[int] | None,
+    streaming: StreamSettings | None = None,
+    divisor: int = 1,
+) -> tuple[Split | StreamedSplit, list[str]]:
     """Images and class names of FOLDER/test/CLASS/*, or of FOLDER/CLASS/* where there is no such folder.
 
     Every image comes to `image_size` as with `data.image_size`; nothing is cached.
 
+    Args:
+        image_size: side in pixels, or [height, width]; None, with `streaming` only: images stay as they are.
+        streaming: read the images when they are needed, as the test images of a run with these settings.
+        divisor: then, of the sides of whole images.
+
     Raises:
         RevtrainError: no folder, no images, or one that cannot be used.
     """
+    size = None if image_size is None else ImageSize.of(image_size)
     root = files.place(folder, "--data")
     root = root / "test" if files.is_folder(root / "test") else root
-    source = _listing(root, OTHER)
+    source = _listing(root, OTHER, streaming is not None)
     imagefiles.say_left_out(root, [source])
+    if streaming is not None:
+        return replace(_streamed(size, streaming, root, source, 1), divisor=divisor), source.classes
     with imagefiles.pillow_quiet() as said, ThreadPoolExecutor() as pool:
-        images, errors = _decode(source, ImageSize.of(image_size), True, pool)
+        images, errors = _decode(source, size or imagefiles.size_of(source.images[0]), size is not None, pool)
     imagefiles.refuse(errors, root)
     imagefiles.say_remarks(said)
     return _split(images, source), source.classes
 
 
-def image_files(folder: str | Path) -> list[Path]:
+def image_files(folder: str | Path, slides: bool = False) -> list[Path]:
     """All image files in a folder and those below it; or the one file that was given.
+
+    Args:
+        slides: of microscopes are taken, too.
 
     Raises:
         RevtrainError: there is no such folder, or no image in it.
@@ -146,25 +181,12 @@ def image_files(folder: str | Path) -> list[Path]:
     expected = f"Give a folder with images: {', '.join(imagefiles.SUFFIXES)}."
     if not files.is_folder(root):
         raise RevtrainError(f"{printable(root)} is no folder.\n{expected}")
-    listing = imagefiles.list_images(root, by_class=False)
+    suffixes = imagefiles.SUFFIXES + (regions.SLIDE_SUFFIXES if slides else ())
+    listing = imagefiles.list_images(root, by_class=False, suffixes=suffixes)
     if not listing.images:
         raise imagefiles.no_images(listing, expected)
     imagefiles.say_left_out(root, [listing])
     return [Path(path) for path in listing.images]
-
-
-def read_image(path: str | Path, image_size: int | Sequence[int]) -> torch.Tensor:
-    """One image as RGB, (3, H, W) uint8, `image_size` H = W or [H, W]: resized to cover it, the centre cut out.
-
-    Raises:
-        RevtrainError: it is not an image, is damaged, or claims to be huge.
-    """
-    import torch
-
-    with imagefiles.pillow_quiet() as said:
-        image = torch.from_numpy(imagefiles.pixels(str(path), image_size, resize=True).copy())
-    imagefiles.say_remarks(said)
-    return image
 
 
 # ---- decoding ----------------------------------------------------------------------------------------------

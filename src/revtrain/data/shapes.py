@@ -87,17 +87,24 @@ SHAPES = (disc, ring, square, triangle, star, cross, moon, bars, dots, checker)
 # ---- drawing ---------------------------------------------------------------------------------------------
 
 
-def draw(count: int, image_size: int | Sequence[int], rng: np.random.Generator) -> Split:
-    """`count` images (count, 3, H, W) of a side or of [H, W], the classes balanced and in random order."""
+def draw(count: int, image_size: int | Sequence[int], rng: np.random.Generator, masks: bool = False) -> Split:
+    """`count` images (count, 3, H, W) of a side or of [H, W], the classes balanced and in random order.
+
+    Args:
+        masks: labels are those of pixels, (count, H, W) uint8: 0 the background, i + 1 a shape of class i.
+    """
     size = ImageSize.of(image_size)
     labels = rng.permutation(np.arange(count) % len(SHAPES))
-    images = np.empty((count, 3, *size), np.uint8)
+    images, inside = np.empty((count, 3, *size), np.uint8), np.empty((count, *size), bool)
     for start in range(0, count, CHUNK):
-        images[start : start + CHUNK] = _draw_chunk(labels[start : start + CHUNK], size, rng)
-    return Split(torch.from_numpy(images), torch.from_numpy(labels))
+        own = slice(start, start + CHUNK)
+        images[own], inside[own] = _draw_chunk(labels[own], size, rng)
+    of_pixels = inside * (labels + 1).astype(np.uint8)[:, None, None]
+    return Split(torch.from_numpy(images), torch.from_numpy(of_pixels if masks else labels))
 
 
-def _draw_chunk(labels: np.ndarray, size: ImageSize, rng: np.random.Generator) -> np.ndarray:
+def _draw_chunk(labels: np.ndarray, size: ImageSize, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Images (count, 3, H, W), and which of their pixels are of the shape, (count, H, W)."""
     count, smaller = len(labels), min(size)
 
     def uniform(low: float, high: float, *shape: int) -> np.ndarray:
@@ -142,4 +149,4 @@ def _draw_chunk(labels: np.ndarray, size: ImageSize, rng: np.random.Generator) -
     paint(distance * scale, (1 - share) * contrast + share * PALETTE[labels][:, :, None, None])
 
     canvas += 0.04 * rng.standard_normal(canvas.shape, np.float32)
-    return (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8), distance < 0

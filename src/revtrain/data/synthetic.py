@@ -43,10 +43,17 @@ def load(cfg: DataConfig[Settings]) -> tuple[Split, Split, list[str]]:
     Raises:
         RevtrainError: too few images, a negative seed, or a size below 16 pixels.
     """
+    from revtrain.data.shapes import SHAPES
+
+    return *drawn(cfg), [shape.__name__ for shape in SHAPES]
+
+
+def drawn(cfg: DataConfig[Settings], masks: bool = False) -> tuple[Split, Split]:
+    """Training and test set; `masks`: with labels of pixels, see `shapes.draw`."""
     import numpy as np
 
     from revtrain.data import check_room
-    from revtrain.data.shapes import SHAPES, draw
+    from revtrain.data.shapes import draw
 
     size = ImageSize.of(cfg.image_size or IMAGE_SIZE)
     if min(size) < 16:
@@ -60,5 +67,7 @@ def load(cfg: DataConfig[Settings]) -> tuple[Split, Split, list[str]]:
             raise RevtrainError(f"data.{name}={getattr(cfg.own, name)} leaves a class empty.\nGive {CLASSES} or more.")
     check_room(cfg.own.train_images + cfg.own.test_images, size, "data.train_images and data.test_images")
     train_stream, test_stream = np.random.default_rng(cfg.own.seed).spawn(2)
-    train, test = draw(cfg.own.train_images, size, train_stream), draw(cfg.own.test_images, size, test_stream)
-    return train, test, [shape.__name__ for shape in SHAPES]
+    return (
+        draw(cfg.own.train_images, size, train_stream, masks),
+        draw(cfg.own.test_images, size, test_stream, masks),
+    )

@@ -286,5 +286,6 @@ def check_pooling(pooling: Sequence[str], image_size: int | Sequence[int]) -> No
         given = str(size.nearest(divisor).plain).replace(" ", "")
         raise RevtrainError(
             f"Images of {size} pixels cannot be halved {len(pooling)} times (pooling={list(pooling)}).\n"
-            f"Expected sides that {divisor} divides: use data.image_size={given} or fewer pooling entries."
+            f"Expected sides that {divisor} divides: use data.image_size={given} or data.crop={given}, "
+            "or fewer pooling entries."
         )

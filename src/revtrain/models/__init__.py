@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 SHARED = ("common",)  # modules of this package that are no architecture
 Noise = Literal["nowhere", "in blocks", "along the chain"]
+Task = Literal["classify", "segment"]
 
 
 class Images(NamedTuple):
@@ -45,12 +46,15 @@ class Traits:
     """What the program must know of an architecture besides how to build it.
 
     `reversible`: something is rebuilt in the backward pass, so `backward=store` is another way to train it, and its
-    channels are halved. `noise` says where reconstruction errors pile up, from the least to the most: "nowhere", "in
+    channels are halved. `task`: what it is for; one for "segment" ends in a `revtrain.layers.DenseHead`, takes labels
+    beside the images, and then returns the loss of each.
+    `noise` says where reconstruction errors pile up, from the least to the most: "nowhere", "in
     blocks" (inside a coupling block, which begins anew from a true input) or "along the chain" (from layer to layer).
     `hardly_uses`: keys of every network that make no difference here, or next to none, and why.
     """
 
     reversible: bool = True
+    task: Task = "classify"
     noise: Noise = "nowhere"
     hardly_uses: Mapping[str, str] = field(default_factory=dict)
 
@@ -65,10 +69,21 @@ def traits(arch: str) -> Traits:
     return registry.load("models", arch).TRAITS
 
 
+def for_task(task: str) -> list[str]:
+    """The architectures for one task, sorted."""
+    return [name for name in architectures() if traits(name).task == task]
+
+
+def divisor(network: Network[Any]) -> int:
+    """Of the sides of an image: each pooling halves them."""
+    return 2 ** len(network.pooling)
+
+
 def less_noisy(arch: str) -> list[str]:
     """The reversible architectures next to this one in noise: those with the most of all that have less."""
     order = get_args(Noise)
-    found = {name: order.index(traits(name).noise) for name in architectures() if traits(name).reversible}
+    same_task = for_task(traits(arch).task)
+    found = {name: order.index(traits(name).noise) for name in same_task if traits(name).reversible}
     less = {name: noise for name, noise in found.items() if noise < order.index(traits(arch).noise)}
     return [name for name, noise in less.items() if noise == max(less.values())]
 

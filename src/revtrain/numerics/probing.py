@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revtrain.core.chain import InvertibleChain
+from revtrain.objective import loss_and_hits
 
 FLOAT16_LOSS_SCALE = 2.0**12
 
@@ -31,14 +31,14 @@ def on_the_side(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def loss_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor | None]:
-    """Gradients of the cross-entropy, one for each parameter that asks for one; `.grad` stays as it is.
+    """Gradients of the loss (`revtrain.objective`), one for each parameter that asks for one; `.grad` stays as it is.
 
     Under autocast to float16 they are computed from a scaled loss, as training does, or most of them would be 0.
     """
     kind = images.device.type
     half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
     scale = FLOAT16_LOSS_SCALE if half else 1.0
-    loss = F.cross_entropy(model(images).float(), labels) * scale
+    loss = loss_and_hits(model, images, labels)[0] * scale
     gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     return [None if gradient is None else gradient / scale for gradient in gradients]
 

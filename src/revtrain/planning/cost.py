@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +24,7 @@ from revtrain.kernels.operator import LAUNCHES, planning_for
 from revtrain.machine import device as devices
 from revtrain.memory.macs import CountMacs
 from revtrain.models import Images, build
+from revtrain.objective import loss_and_hits, no_labels
 
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 QUESTIONS = {"device", "promote_types", "_local_scalar_dense", "_unsafe_view", "lift_fresh"}  # launch nothing
@@ -117,10 +117,10 @@ def step_cost(config: Config, batch: int, classes: int = 10, image_size: int | S
     with torch.random.fork_rng([]), fake_gpu():
         model = devices.weights_channels_last(build(config.network, Images(classes, image_size)).train())
         images = torch.empty(batch, 3, *ImageSize.of(image_size), dtype=devices.DTYPES[precision])
-        labels = torch.zeros(batch, dtype=torch.int64)
+        labels = no_labels(config.network.task, tuple(images.shape))
         with Operations() as counting, CountMacs() as products:
             with devices.autocast(device, precision):
-                loss = F.cross_entropy(model(images).float(), labels)
+                loss, _ = loss_and_hits(model, images, labels)
             loss.backward()
     counting.cost.multiplications = products.macs
     return counting.cost

@@ -24,7 +24,7 @@ from revtrain.data import Facts
 from revtrain.errors import RevtrainError
 from revtrain.machine import device as devices
 from revtrain.memory.closed_form import MemoryModel
-from revtrain.models import Images, analytic_memory, architectures, traits
+from revtrain.models import Images, analytic_memory, for_task, traits
 from revtrain.planning.cost import CARDS, step_cost
 from revtrain.planning.predict import StepPredictor, pieces_of_state
 
@@ -333,19 +333,24 @@ def loop_bytes(
     """(bytes on the device that lie beside every step of a loop, whether all training images are among them).
 
     On a GPU those images where they fit, or two batches of them, and the losses of an epoch. On the CPU the losses, the
-    order of the images and those of the probe: the data set itself lies in main memory whatever the device.
+    order of the images and those of the probe: the data set itself lies in main memory whatever the device. Of images
+    that are streamed one batch lies on the device; on the CPU there are the one that is read ahead, and the files'
+    parts that it is put together from.
 
     Args:
         training_images: None: not known; what depends on it is left out.
         room: what the step and the margin leave of the limit.
     """
-    image_bytes = 3 * ImageSize.of(image_size).pixels + 8  # uint8, and the label
+    pixels = ImageSize.of(image_size).pixels
+    image_bytes = 3 * pixels + (pixels if config.network.task == "segment" else 8)  # uint8, and labels
     count = training_images or 0
     losses = 4 * (count // batch) + 8  # and the hits
     if device.type == "cpu":
         probe = config.probe
         probed = image_bytes * min(probe.batch, count or probe.batch) if probe.every else 0
-        return losses + 8 * count + probed, False
+        return losses + 8 * count + probed + (3 * image_bytes * batch if config.data.streams else 0), False
+    if config.data.streams:
+        return losses + image_bytes * batch, False
     whole, two = image_bytes * count, 2 * image_bytes * batch
     holds = 0 < whole <= max(room, two)
     return losses + (whole if holds else two), holds
@@ -449,7 +454,7 @@ def alternatives(config: Config, images: Images, batch: int, budget: int) -> tup
     network = config.network
     stores = traits(network.arch).reversible and network.backward == "store"
     candidates = {"backward=invert": replace(network, backward="invert")} if stores else {}
-    for arch in architectures():
+    for arch in for_task(network.task):
         if arch != network.arch and (other := _as_its_yaml_has_it(arch, network)):
             also = " backward=invert" if stores and traits(arch).reversible else ""
             candidates[f"arch={arch} width={other.width}{also}"] = other
@@ -480,9 +485,9 @@ def _without_data(data: DataConfig[Any]) -> tuple[int, ImageSize, int | None, li
     """(classes, image size, training images, what was assumed) of a data set that is not looked at."""
     source = registry.load("data", data.name)
     facts = source.facts(data) if hasattr(source, "facts") else Facts()
-    classes, size = data.classes or facts.classes or 10, ImageSize.of(data.image_size or facts.image_size or 32)
+    classes, size = data.classes or facts.classes or 10, ImageSize.of(facts.image_size or data.image_size or 32)
     assumed = []
-    if not ((data.classes or facts.classes) and (data.image_size or facts.image_size)):
+    if not ((data.classes or facts.classes) and (facts.image_size or data.image_size)):
         assumed.append(
             f"{classes} classes and images of {size}: data.root was not looked at. "
             "Give data.classes and data.image_size."

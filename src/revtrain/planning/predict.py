@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from omegaconf import DictConfig
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from revtrain.config import Config, ImageSize, read
@@ -28,6 +29,7 @@ from revtrain.models import Images, build
 from revtrain.numerics.halves import count_halves
 from revtrain.numerics.probing import inverts, loss_gradients, on_the_side, storing
 from revtrain.numerics.snr import SnrMemory
+from revtrain.objective import loss_sum_and_hits, no_labels
 from revtrain.optim import WeightAverage, make_optimizer
 from revtrain.step.feed import OnDevice
 from revtrain.step.work import Work
@@ -103,6 +105,7 @@ class StepPredictor:
             raise ValueError("a quick step leaves out what repeats: on real tensors use quick=False")
         self._config = config = read(config)
         self.image_size, self.quick, self.accumulate = ImageSize.of(image_size), quick, config.training.accumulate
+        self._classes = classes
         self.known: dict[int, Prediction] = {}  # batch -> what was predicted for it
         self._fake = FakeTensorMode() if device is None else None
         self._planned_for = planned_for if device is None and planned_for == "cuda" else None
@@ -111,7 +114,7 @@ class StepPredictor:
         self._live, self._macs = LiveStorages(record=True), CountMacs()
         with torch.random.fork_rng([]), self._fake or nullcontext():
             images = torch.randint(0, 256, (2, 3, *self.image_size), dtype=torch.uint8)
-            self._feed = OnDevice(Split(images, torch.zeros(2, dtype=torch.int64)), self._device)
+            self._feed = OnDevice(Split(images, no_labels(config.network.task, tuple(images.shape))), self._device)
         with self._counting():
             self._model = build(config.network, Images(classes, image_size)).train()
             if device is not None:
@@ -159,6 +162,7 @@ class StepPredictor:
                 self._config,
                 self._optimizer,
                 share,
+                self._classes,
                 self._feed,
                 mean,
                 std,
@@ -193,11 +197,11 @@ class StepPredictor:
         self._model.eval()
         with self._counting(), few_rounds(ROUNDS) if self.quick else nullcontext(), torch.no_grad():
             self._optimizer.zero_grad(set_to_none=True)
-            images = torch.empty(batch, 3, *self.image_size, device=self._device)
+            images, labels = self._normalised(batch)
             self._live.reset_peak()
             with self._autocast():
-                self._model(images)
-            del images
+                loss_sum_and_hits(self._model, images, labels, batch)
+            del images, labels
         self._model.train()
         return self._live.peak_bytes
 
@@ -211,8 +215,7 @@ class StepPredictor:
         on_host = self._device.type == "cpu" and self._planned_for is None
         with self._counting(), few_rounds(ROUNDS) if self.quick else nullcontext(), self._autocast():
             self._optimizer.zero_grad(set_to_none=True)
-            batch = torch.empty(images, 3, *self.image_size, device=self._device)
-            labels = torch.zeros(images, dtype=torch.int64, device=self._device)
+            batch, labels = self._normalised(images)
             self._live.reset_peak()
             if inverts(model):
                 with on_the_side(model, self._device), observe(model, SnrMemory(model, on_host)):
@@ -225,6 +228,11 @@ class StepPredictor:
                 del rebuilt
             del batch, labels
         return self._live.peak_bytes
+
+    def _normalised(self, count: int) -> tuple[Tensor, Tensor]:
+        """Images (count, 3, H, W) and their labels."""
+        images = torch.empty(count, 3, *self.image_size, device=self._device)
+        return images, no_labels(self._config.network.task, tuple(images.shape), self._device)
 
     def _autocast(self) -> torch.autocast:
         return devices.autocast(self._device, self._precision)

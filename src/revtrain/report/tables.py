@@ -108,6 +108,7 @@ GROUP_COLUMNS = (
     Column("accuracy, %", _percent("test_accuracy")),
     Column("with flips, %", _percent("test_accuracy_flip"), optional=True),
     Column("averaged, %", _percent("test_accuracy_ema"), optional=True),
+    Column("IoU, %", _percent("test_iou"), optional=True),
     Column("bytes/px", lambda group: number(group.mean("bytes_per_pixel"))),
     Column("peak, MiB", lambda group: number(group.mean("step_peak_mib"), ",.1f")),
     Column("VRAM, MiB", _of("vram_allocated_mib", ",.0f"), optional=True),
@@ -136,6 +137,7 @@ RUN_COLUMNS = (
     Column("best, %", lambda run: percent(run.best_test_accuracy)),
     Column("with flips, %", lambda run: percent(run.test_accuracy_flip), optional=True),
     Column("averaged, %", lambda run: percent(run.test_accuracy_ema), optional=True),
+    Column("IoU, %", lambda run: percent(run.test_iou), optional=True),
     Column("SNR, dB", lambda run: snr_cell([run.snr_minimum_db])),
     Column("at", lambda run: clean(run.snr_minimum_layer or "", 80), text=True, optional=True),
     Column("bytes/px", lambda run: number(run.bytes_per_pixel)),
@@ -206,7 +208,7 @@ def comma_separated(groups: Sequence[Group]) -> str:
             key: _figure(key)
             for key in (
                 "params", "test_accuracy", "best_test_accuracy", "test_accuracy_flip", "test_accuracy_ema",
-                "bytes_per_pixel", "step_peak_mib",
+                "test_iou", "bytes_per_pixel", "step_peak_mib",
                 "vram_allocated_mib", "vram_reserved_mib", "snr_minimum_db", "snr_minimum_layer",
                 "images_per_second", "train_seconds", "step_seconds",
             )

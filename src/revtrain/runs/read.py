@@ -70,6 +70,7 @@ class Run:
     test_accuracy: float | None = None
     best_test_accuracy: float | None = None
     test_accuracy_flip: float | None = None  # of image and mirror image averaged
+    test_iou: float | None = None  # 0..1, with task=segment
     test_accuracy_ema: float | None = None  # of the average of the weights
     train_seconds: float | None = None
     images_per_second: float | None = None
@@ -247,7 +248,7 @@ def _result(path: Path, note: Any) -> dict[str, Any]:
         "test_accuracy": values.number("test_accuracy", low=0, high=1),
         **{
             key: values.number(key, low=0, high=1)
-            for key in ("best_test_accuracy", "test_accuracy_flip", "test_accuracy_ema")
+            for key in ("best_test_accuracy", "test_accuracy_flip", "test_accuracy_ema", "test_iou")
         },
         "train_seconds": values.number("train_seconds", low=0),
         "images_per_second": values.number("images_per_second", low=0),

@@ -105,10 +105,13 @@ class Line(TypedDict):
     lr: float | None  # of the last step
     loss_train: float | None  # mean over the epoch
     loss_test: float | None
-    accuracy_train: float | None
+    accuracy_train: float | None  # 0..1, of images; with task=segment of pixels, as all accuracies
     accuracy_test: float | None
     accuracy_test_flip: float | None  # of the mean of logits of image and mirror image; null without test_flip
     accuracy_test_ema: float | None  # of the average of the weights; null without ema_decay
+    iou_train: float | None  # 0..1, mean of all classes but the background; null but for task=segment
+    iou_test: float | None
+    iou_of_classes: dict[str, float | None] | None  # on the test images; null: no pixel of it
     train_images: int | None  # in the training steps of this epoch
     train_seconds: float | None  # that they took
     images_per_second: float | None
@@ -132,6 +135,7 @@ class Result(TypedDict):
     best_test_accuracy: float | None
     test_accuracy_flip: float | None  # after the last epoch, as in `Line`
     test_accuracy_ema: float | None
+    test_iou: float | None  # after the last epoch, as `iou_test` in `Line`
     target_reached: Reached | None  # null: no target, or not reached
     train_seconds: float | None  # of training steps alone, those of a run that was resumed included
     images_per_second: float | None
@@ -189,6 +193,9 @@ class Tag:
     ACCURACY_TEST = "accuracy/test"
     ACCURACY_TEST_FLIP = "accuracy/test_flip"
     ACCURACY_TEST_EMA = "accuracy/test_ema"
+    IOU_TRAIN = "iou/train"
+    IOU_TEST = "iou/test"
+    IOU_OF_CLASS = "iou/class/"  # followed by its name
     LOSS_TRAIN = "loss/train"
     LOSS_TEST = "loss/test"
     LR = "lr"

@@ -208,6 +208,7 @@ class RunWriter:
             result["best_test_accuracy"] = max(accuracy, result["best_test_accuracy"] or 0.0)
         result["test_accuracy_flip"] = line.get("accuracy_test_flip")  # a line of before has none
         result["test_accuracy_ema"] = line.get("accuracy_test_ema")
+        result["test_iou"] = line.get("iou_test")
         self._trained_images += line["train_images"] or 0
         self._train_seconds += line["train_seconds"]
         result["train_seconds"] = self._train_seconds
@@ -251,7 +252,11 @@ def _finite(value: Any) -> Any:
 
 
 def _apart(result: Result) -> dict[str, str]:
-    rows = {"with flips": result["test_accuracy_flip"], "averaged": result["test_accuracy_ema"]}
+    rows = {
+        "with flips": result["test_accuracy_flip"],
+        "averaged": result["test_accuracy_ema"],
+        "test IoU": result["test_iou"],
+    }
     return {name: _percent(accuracy) for name, accuracy in rows.items() if accuracy is not None}
 
 

@@ -1,13 +1,18 @@
-"""How the images of a batch come to the device: N images of a split, B of a batch, H = W pixels a side."""
+"""How the images of a batch come to the device: N images of a split, B of a batch, H x W pixels.
+
+Labels are those of images, (B,) int64, or of pixels, (B, H, W) uint8.
+"""
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from revtrain.data import Split
+from revtrain.data import AnySplit, Split, StreamedSplit
+from revtrain.data.streamed import Sample, give_up, stacked
 
 
 class Feed(Protocol):
@@ -18,28 +23,40 @@ class Feed(Protocol):
 
     device_bytes: int
 
-    def load(self, picked: Tensor) -> None:
-        """Before a step: see to it that `take` finds the images `picked` (B,), given on the CPU."""
+    def load(self, picked: Tensor, epoch: int) -> None:
+        """Before a step: see to it that `take` finds the images `picked` (B,), given on the CPU.
+
+        Args:
+            epoch: under way, which decides what part of an image that is streamed is taken.
+        """
 
     def take(self, part: slice, picked: Tensor) -> tuple[Tensor, Tensor]:
-        """Within a step: uint8 images (b, 3, H, W) and labels (b,) of one part of the batch, on the device.
+        """Within a step: uint8 images (b, 3, H, W) and labels of one part of the batch, on the device.
 
         Args:
             part: of the batch. picked: (b,), the same images, given on the device.
         """
 
+    def begin(self, picked: Tensor, epoch: int) -> None:
+        """Before a step runs: begin to read what the next one will `load`, in the background."""
+
+    def close(self) -> None:
+        """After the last step, or in its place: end what is under way."""
+
     def prefetch(self, picked: Tensor) -> None:
-        """While a step runs: begin with what the next one will `load`."""
+        """While a step runs on a GPU: begin to copy what the next one will `load`."""
 
 
-def make_feed(split: Split, batch: int, device: torch.device, room_bytes: int) -> Feed:
-    """All images on the device where they fit, otherwise a batch at a time.
+def make_feed(split: AnySplit, batch: int, device: torch.device, room_bytes: int) -> Feed:
+    """All images on the device where they fit, otherwise a batch at a time, from main memory or from disk.
 
     Args:
         batch: B, of this process.
         room_bytes: what the device has left beside the training step; on the CPU it plays no part.
     """
-    if device.type == "cpu" or split.images.nbytes + split.labels.nbytes <= room_bytes:
+    if isinstance(split, StreamedSplit):
+        return FromDisk(split, device)
+    if device.type == "cpu" or split.nbytes <= room_bytes:
         return OnDevice(split, device)
     return FromHost(split, batch, device)
 
@@ -51,11 +68,17 @@ class OnDevice:
         self.images, self.labels = split.images.to(device), split.labels.to(device)
         self.device_bytes = 0 if device.type == "cpu" else self.images.nbytes + self.labels.nbytes
 
-    def load(self, picked: Tensor) -> None:
+    def load(self, picked: Tensor, epoch: int) -> None:
         pass
 
     def take(self, part: slice, picked: Tensor) -> tuple[Tensor, Tensor]:
         return self.images[picked], self.labels[picked]
+
+    def begin(self, picked: Tensor, epoch: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
     def prefetch(self, picked: Tensor) -> None:
         pass
@@ -73,7 +96,7 @@ class FromHost:
     def __init__(self, split: Split, batch: int, device: torch.device):
         self.split, self.device = split, device
         self.images = torch.empty(batch, *split.images.shape[1:], dtype=torch.uint8, device=device)
-        self.labels = torch.empty(batch, dtype=torch.int64, device=device)
+        self.labels = torch.empty(batch, *split.labels.shape[1:], dtype=split.labels.dtype, device=device)
         self._next = torch.empty_like(self.images), torch.empty_like(self.labels)
         self._next_picked: Tensor | None = None
         self._pinned = device.type == "cuda"
@@ -82,7 +105,7 @@ class FromHost:
             self._copied, self._read = torch.cuda.Event(), torch.cuda.Event()
             self._read.record(torch.cuda.current_stream(device))  # what had this memory before may still be under way
 
-    def load(self, picked: Tensor) -> None:
+    def load(self, picked: Tensor, epoch: int) -> None:
         if self._next_picked is None or not torch.equal(self._next_picked, picked):
             self.prefetch(picked)
         if self._pinned:
@@ -95,6 +118,12 @@ class FromHost:
 
     def take(self, part: slice, picked: Tensor) -> tuple[Tensor, Tensor]:
         return self.images[part], self.labels[part]
+
+    def begin(self, picked: Tensor, epoch: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
     def prefetch(self, picked: Tensor) -> None:
         gathered = self._gathered(self.split.images, picked), self._gathered(self.split.labels, picked)
@@ -115,3 +144,53 @@ class FromHost:
     def _copy(self, gathered: tuple[Tensor, Tensor]) -> None:
         for into, values in zip(self._next, gathered, strict=True):
             into.copy_(values, non_blocking=True)
+
+
+class FromDisk:
+    """A batch is read from files by threads, while the step before it runs.
+
+    Images of one size lie in the same memory of the device at every step, as a graph needs them. Images of different
+    sizes can only be taken one by one.
+    """
+
+    device_bytes = 0
+
+    def __init__(self, split: StreamedSplit, device: torch.device):
+        self.split, self.device = split, device
+        self._batch: tuple[Tensor, Tensor] | list[Sample] = []
+        self._next: tuple[Tensor, int, list[Future[Sample]]] | None = None
+
+    def load(self, picked: Tensor, epoch: int) -> None:
+        ahead = self._next
+        if ahead is None or ahead[1] != epoch or not torch.equal(ahead[0], picked):
+            ahead = self._began(picked, epoch)
+        self._next = None
+        samples = [each.result() for each in ahead[2]]
+        if not self.split.is_uniform:
+            self._batch = samples
+            return
+        batch = stacked(samples)
+        if isinstance(self._batch, tuple):
+            for into, values in zip(self._batch, batch, strict=True):
+                into.copy_(values)
+        else:
+            self._batch = batch[0].to(self.device), batch[1].to(self.device)
+
+    def take(self, part: slice, picked: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(self._batch, tuple):
+            return self._batch[0][part], self._batch[1][part]
+        images, labels = stacked(self._batch[part])
+        return images.to(self.device), labels.to(self.device)
+
+    def begin(self, picked: Tensor, epoch: int) -> None:
+        self._next = self._began(picked, epoch)
+
+    def close(self) -> None:
+        if self._next is not None:
+            give_up(self._next[2])
+
+    def _began(self, picked: Tensor, epoch: int) -> tuple[Tensor, int, list[Future[Sample]]]:
+        return picked.clone(), epoch, self.split.begin(picked, epoch)
+
+    def prefetch(self, picked: Tensor) -> None:
+        pass

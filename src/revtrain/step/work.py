@@ -1,6 +1,6 @@
 """What a training step does on the device: training runs it, planning counts it on fake tensors.
 
-B images of a batch, K micro-batches of it, H = W pixels a side.
+B images of a batch, K micro-batches of it, H x W pixels.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from revtrain import data
 from revtrain.config import Config
-from revtrain.data import Draws
 from revtrain.kernels.operator import device_type
 from revtrain.machine import device as devices
 from revtrain.machine.processes import ALONE, Processes
+from revtrain.objective import is_dense, loss_and_hits, no_hits
 from revtrain.optim import WeightAverage
 from revtrain.step.feed import Feed
 
@@ -24,12 +23,13 @@ from revtrain.step.feed import Feed
 class Work:
     """One step of the optimizer as work without arguments: augment, forward, loss, backward, update.
 
-    It reads the images' numbers and draws from `choices` (B, 6), the rate from `rate`, and leaves the batch's mean loss
-    in `loss` () and in `correct` () how many images were classified correctly: all tensors that stay where they are.
+    It reads the images' numbers and draws from `choices` (B, columns), the rate from `rate`, and leaves the batch's
+    mean loss in `loss` () and its hits (`revtrain.objective`) in `hits`: all tensors that stay where they are.
 
     Args:
         model: on `device`, see `devices.place`.
         batch: B, of this process.
+        classes: of images, or of their pixels.
         feed: where the images come from.
         mean, std: (3,), of the training images, on the device.
         average: of the weights, to be kept.
@@ -43,6 +43,7 @@ class Work:
         config: Config,
         optimizer: torch.optim.Optimizer,
         batch: int,
+        classes: int,
         feed: Feed,
         mean: Tensor,
         std: Tensor,
@@ -56,17 +57,18 @@ class Work:
         self.average = average
         self.wrapped = processes.wrap(model)  # what a step calls: the model, its gradients averaged
         self.scaler = devices.make_scaler(device, self.precision)
-        self.choices = torch.zeros(batch, 6, dtype=torch.int64, device=device)  # see `_draws`
+        columns = 1 + data.draw_columns(config.data.augment)
+        self.choices = torch.zeros(batch, columns, dtype=torch.int64, device=device)  # the image, then its draws
         self.loss = torch.zeros((), device=device)
-        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+        self.hits = no_hits(config.network.task, classes, device)
         # a fused optimizer reads the rate where it lies
         self.rate = torch.zeros((), device=device) if optimizer.defaults["fused"] else None
         self.reached: Callable[[str], None] = lambda phase: None
 
     def work(self) -> None:
-        """A step from `choices` to `loss` and `correct`: reads and writes nothing but what lies on the device."""
+        """A step from `choices` to `loss` and `hits`: reads and writes nothing but what lies on the device."""
         self.loss.zero_()
-        self.correct.zero_()
+        self.hits.zero_()
         for index in range(self.training.accumulate):
             self.micro_batch(index)
         self.update()
@@ -76,9 +78,9 @@ class Work:
         count = len(self.choices) // self.training.accumulate
         part = slice(index * count, (index + 1) * count)
         with self.processes.averaging(self.wrapped, index == self.training.accumulate - 1):
-            loss, correct = self._backpropagate(*self._augmented(part))
+            loss, hits = self._backpropagate(*self._augmented(part))
         self.loss += self.processes.mean(loss)
-        self.correct += self.processes.sum(correct)
+        self.hits += self.processes.sum(hits)
 
     def update(self) -> None:
         """The optimizer's step; the gradients are gone afterwards."""
@@ -93,10 +95,13 @@ class Work:
             self.average.update()
 
     def _augmented(self, part: slice) -> tuple[Tensor, Tensor]:
-        """The augmented images (B / K, 3, H, W) and labels (B / K,) of a micro-batch."""
-        picked, draws = _draws(self.choices[part])
-        images, labels = self.feed.take(part, picked)
-        inputs = data.augment(images, draws, self.mean, self.std, self.config.data.augment)
+        """The augmented images (B / K, 3, H, W) and labels of a micro-batch."""
+        augmentation, own = self.config.data.augment, self.choices[part]
+        draws = data.Draws.unpacked(own[:, 1:], augmentation)
+        images, labels = self.feed.take(part, own[:, 0])
+        if is_dense(labels):
+            labels = data.augment_masks(labels, draws, augmentation)
+        inputs = data.augment(images, draws, self.mean, self.std, augmentation)
         # in the type and layout of the first convolution, as autocast would make them
         dtype, layout = devices.DTYPES[self.precision], devices.image_layout(device_type(self.loss))
         return inputs.to(dtype, memory_format=layout), labels
@@ -105,16 +110,9 @@ class Work:
         """Add the gradients of a micro-batch, its share of the step's mean; that share of the loss, and hits."""
         training = self.training
         with devices.autocast(self.device, self.precision):
-            logits = self.wrapped(inputs)
-            loss = F.cross_entropy(logits.float(), targets, label_smoothing=training.label_smoothing)
-        loss, correct = loss / training.accumulate, (logits.detach().argmax(1) == targets).sum()
-        del logits
+            loss, hits = loss_and_hits(self.wrapped, inputs, targets, training.label_smoothing)
+        loss = loss / training.accumulate
         self.reached("forward")
         self.scaler.scale(loss).backward()
         self.reached("backward")
-        return loss.detach(), correct
-
-
-def _draws(choices: Tensor) -> tuple[Tensor, Draws]:
-    """The columns of `choices` (B, 6): image, top and left of the crop, flip, row and column of the cutout's centre."""
-    return choices[:, 0], Draws(choices[:, 1:3], choices[:, 3].bool(), choices[:, 4:6])
+        return loss.detach(), hits

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from revtrain.config import Config, ImageSize, InvertibleSettings
+from revtrain.data import AnySplit
 from revtrain.errors import RevtrainError
 from revtrain.machine import device as devices
 from revtrain.machine import files
@@ -50,6 +51,21 @@ def _diverged(what: str, epoch: int, config: Config) -> RevtrainError:
         ways.append("precision=fp32")
     good = f"epoch {epoch - 1}" if epoch > 1 else "the start: no epoch was completed"
     return RevtrainError(f"Training stopped: {what}.\nlast.pt holds {good}.\nTry {', or '.join(ways)}.")
+
+
+# ---- images of different sizes ---------------------------------------------------------------------------
+
+
+def check_sizes(train: AnySplit, share: int, accumulate: int) -> None:
+    """Refuse to put images of different sizes together; `share` are those of a step in one process."""
+    if train.is_uniform or share == accumulate:
+        return
+    raise RevtrainError(
+        f"The training images differ in size (up to {train.image_size}), and batch={share} with "
+        f"accumulate={accumulate} puts {share // accumulate} of them together.\n"
+        f"Take one at a time (batch=1, or accumulate={share}), or bring all to one size: "
+        "data.crop=SIDE cuts parts out, data.image_size=SIDE resizes."
+    )
 
 
 # ---- the folder and the disk -----------------------------------------------------------------------------

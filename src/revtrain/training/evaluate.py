@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from revtrain.data import Split
+from revtrain.data import AnySplit
 from revtrain.machine import device as devices
 from revtrain.machine.processes import ALONE, Processes
+from revtrain.objective import loss_sum_and_hits, no_hits
 
 MOST_AT_ONCE = 8  # more are no faster
 
@@ -18,20 +18,22 @@ MOST_AT_ONCE = 8  # more are no faster
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    split: Split,
+    split: AnySplit,
     batch: int,
     prepare: Callable[[Tensor], Tensor],
     precision: str,
     device: torch.device,
+    hits: Tensor | None = None,
     processes: Processes = ALONE,
     after_batch: Callable[[], None] = lambda: None,
     at_once: int = 1,
-) -> tuple[float, float]:
-    """Mean loss and accuracy (0..1) over a whole split, unaugmented, in eval mode.
+) -> tuple[float, Tensor]:
+    """Mean loss and hits (see `revtrain.objective`) over a whole split, unaugmented, in eval mode.
 
     Args:
         batch: images that all processes take together at a time.
         prepare: uint8 images (B, 3, H, W) of the split -> normalised ones on `device`.
+        hits: zeros to add to, on `device`; None: of images.
         processes: take turns at the batches; all return the whole split's figures.
         after_batch: is called after each batch and may raise, to stop.
         at_once: so many batches go through the network together. Losses are taken of each: the figures are the same.
@@ -39,21 +41,15 @@ def evaluate(
     model.eval()
     share = processes.share(batch)
     losses: list[Tensor] = []  # on the device: nothing waits before the end
-    hits = torch.zeros((), dtype=torch.int64, device=device)
-    batches = list(zip(split.images.split(at_once * share), split.labels.split(at_once * share), strict=True))
-    for images, labels in batches[processes.rank :: processes.size]:
-        labels = labels.to(device)
+    hits = no_hits("classify", 0, device) if hits is None else hits
+    for images, labels in split.batches(at_once * share, processes.rank, processes.size):
         with devices.autocast(device, precision):
-            logits = model(prepare(images)).float()
-        losses += [
-            F.cross_entropy(own, wanted, reduction="sum")
-            for own, wanted in zip(logits.split(share), labels.split(share), strict=True)
-        ]
-        hits += (logits.argmax(1) == labels).sum()
+            found, right = loss_sum_and_hits(model, prepare(images), labels.to(device), share)
+        losses += found
+        hits += right
         after_batch()
     loss = sum(torch.stack(losses).tolist()) if losses else 0.0
-    total = processes.add_up({"loss": loss, "correct": int(hits)})
-    return total["loss"] / len(split), total["correct"] / len(split)
+    return processes.add_up({"loss": loss})["loss"] / len(split), processes.sum(hits)
 
 
 class MirrorAveraged(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from revtrain.config import ProbeConfig
-from revtrain.data import Split
+from revtrain.data import AnySplit
 from revtrain.layers import unsynchronised
 from revtrain.machine import device as devices
 from revtrain.numerics import gradients, halves, snr
@@ -32,10 +32,9 @@ class Probe:
         training_set: whose images are taken.
     """
 
-    def __init__(self, probe: ProbeConfig, training_set: Split):
+    def __init__(self, probe: ProbeConfig, training_set: AnySplit):
         shuffled = torch.randperm(len(training_set), generator=torch.Generator().manual_seed(BATCH_SEED))
-        chosen = shuffled[: probe.batch]
-        self.images, self.labels = training_set.images[chosen], training_set.labels[chosen]  # uint8, on the CPU
+        self.images, self.labels = training_set.read(shuffled[: probe.batch])  # uint8, on the CPU
         self.every, self.gradients = probe.every, probe.gradients
         self.missing: set[str] = set()  # parameters whose gradient does not arrive; said once
 
@@ -73,6 +72,15 @@ class Probe:
                         "           revtrain.verify(model, images) says more; is it a parameter of the module that\n"
                         "           uses it, or a side input?", ", ".join(missing))  # fmt: skip
         return summarise_gradients(found)
+
+
+def at_most(probe: ProbeConfig, images: int) -> ProbeConfig:
+    """`probe` with so many images at most, though as many as batch norms need; says where that changes it."""
+    images = max(LEAST_IMAGES, images)
+    if not probe.every or probe.batch <= images:
+        return probe
+    log.info("probe      of %d images: more than %d of this size would store too much", images, images)
+    return replace(probe, batch=images)
 
 
 def probe_within(probe: ProbeConfig, need: Callable[[int, bool], int], budget: int) -> ProbeConfig:

@@ -18,16 +18,17 @@ class Progress:
 
     order: Tensor  # (N,) int64: the order of the training images in this epoch
     losses: Tensor  # (steps of an epoch,): the losses of the first `step` steps, then zeros
-    correct: Tensor  # () int64: training images classified correctly
+    correct: Tensor  # the hits of those steps, see `revtrain.objective`
     step: int = 0  # steps done
     seconds: float = 0.0  # that they took
 
     @classmethod
-    def begin(cls, images: int, steps: int, generator: torch.Generator, device: torch.device) -> Progress:
+    def begin(cls, images: int, steps: int, generator: torch.Generator, hits: Tensor) -> Progress:
+        """At its beginning; `hits`: zeros on the device of the losses."""
         return cls(
             order=torch.randperm(images, generator=generator),
-            losses=torch.zeros(steps, device=device),
-            correct=torch.zeros((), dtype=torch.int64, device=device),
+            losses=torch.zeros(steps, device=hits.device),
+            correct=hits,
         )
 
     def as_dict(self) -> dict[str, Any]:

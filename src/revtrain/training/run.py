@@ -1,15 +1,15 @@
 """Training, from top to bottom: `train` is the door, `Session` what comes before and after, `Run` the training itself.
 
-The configuration is read once, at the door. B images of a batch, H = W pixels a side.
+The configuration is read once, at the door. B images of a batch, H x W pixels.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +28,7 @@ from revtrain.models import Images
 from revtrain.numerics.decibels import snr_text
 from revtrain.numerics.fidelity import FidelityWatch
 from revtrain.numerics.halves import HalvesWatch
+from revtrain.objective import accuracy, iou_of_classes, mean_iou, no_hits
 from revtrain.optim import learning_rate
 from revtrain.planning import plan as planning
 from revtrain.planning import predict
@@ -39,12 +40,13 @@ from revtrain.training import errors
 from revtrain.training.evaluate import MirrorAveraged, batches_at_once, evaluate
 from revtrain.training.forecast import Forecast
 from revtrain.training.overflows import OverflowWatch
-from revtrain.training.probe import Probe, probe_within
+from revtrain.training.probe import Probe, at_most, probe_within
 from revtrain.training.progress import Clock, Progress
 from revtrain.training.step import Step
 
 log = logging.getLogger(__name__)
 
+PROBE_PIXELS = 64 * 64 * 64  # of a probe are taken at any rate
 CHECK_EVERY = 20  # steps between two looks at the losses: each look waits for the GPU
 
 
@@ -140,17 +142,21 @@ class Session:
         processes.connect(device)
         resumed = checkpoint.load(machine.resume) if machine.resume is not None else None
         with processes.first_of_machine_first():
-            dataset = data.load_data(self.config.data)
-        images, available = Images(len(dataset.classes), dataset.image_size), len(dataset.train.labels)
+            dataset = data.load_data(self.config.data, models.divisor(self.config.network), machine.seed)
+        images, available = Images(len(dataset.classes), dataset.image_size), len(dataset.train)
         batch = self.settle_batch(images, available, resumed, device)
         planning.cap_memory(machine.memory_limit, device)
         if resumed is not None:
             self.check_resumed(resumed, images, available)
-        log.info("data       %s: %d + %d images, %s, %d classes", self.config.data.name, available,
-                 len(dataset.test.labels), images.size, images.classes)  # fmt: skip
+        errors.check_sizes(dataset.train, processes.share(batch), self.config.training.accumulate)
+        upto = "" if dataset.train.is_uniform else "up to "
+        log.info("data       %s: %d + %d images, %s%s, %d classes", self.config.data.name, available,
+                 len(dataset.test), upto, images.size, images.classes)  # fmt: skip
         try:
             with sigterm.deferred():
-                Run(self, batch, dataset, device).train(resumed)
+                run = Run(self, batch, dataset, device)
+                with closing(run.trainer.feed):
+                    run.train(resumed)
         except (RuntimeError, MemoryError) as error:
             if not errors.is_out_of_memory(error):
                 raise
@@ -217,17 +223,18 @@ class Run:
         self.session, self.config, self.writer, self.processes = session, config, session.writer, processes
         self.run_dir, self.batch, self.dataset, self.device = session.run_dir, batch, dataset, device
         self.epochs, self.precision = training.epochs, precision
-        self.steps = len(dataset.train.labels) // batch  # of an epoch; the last, incomplete batch is dropped
+        self.steps = len(dataset.train) // batch  # of an epoch; the last, incomplete batch is dropped
         self.images = Images(len(dataset.classes), dataset.image_size)
         torch.manual_seed(config.machine.seed)
+        self.no_hits = partial(no_hits, config.network.task, self.images.classes, device)
         self.model = devices.place(models.build(config.network, self.images), device)
         share, images = processes.share(batch), self.images
         self.memory = predict.predict_step_memory(config, images.classes, images.size, share, device.type)
         room_bytes = planning.room_bytes(self.memory.peak_bytes, config.machine.memory_limit, device)
         self.trainer = Step(self.model, config, batch, dataset, device, processes, room_bytes)
         self.test, self.at_once = dataset.test, self.batches_at_once()
-        if self.trainer.feed.device_bytes + dataset.test.images.nbytes < room_bytes:
-            self.test = Split(dataset.test.images.to(device), dataset.test.labels.to(device))
+        if isinstance(self.test, Split) and self.trainer.feed.device_bytes + self.test.nbytes < room_bytes:
+            self.test = self.test.on(device)
         if device.type == "cuda":
             held = self.trainer.feed.device_bytes / devices.MIB
             log.info(
@@ -293,10 +300,12 @@ class Run:
         return StepPredictor(self.config, self.images.classes, self.images.size, planned_for=self.device.type)
 
     def probe_that_fits(self) -> ProbeConfig:
-        """The probe within what it may have beside what the loop holds: in full where there is no limit."""
+        """The probe within what it may have beside what the loop holds; without a limit, of no more pixels than a step
+        has, or than `PROBE_PIXELS` if that is more: it stores activations, which of large images fit nowhere."""
         config, limit = self.config, planning.limit_bytes(self.config.machine.memory_limit, self.device)
         if limit is None:
-            return config.probe
+            share, pixels = self.processes.share(self.batch), self.dataset.image_size.pixels
+            return at_most(config.probe, max(share, PROBE_PIXELS // pixels))
         share, train = self.processes.share(self.batch), self.dataset.train
         room = planning.room_bytes(self.memory.peak_bytes, config.machine.memory_limit, self.device)
         beside, _ = planning.loop_bytes(config, self.device, share, self.images.size, len(train), room)
@@ -333,7 +342,7 @@ class Run:
         return Forecast(
             steps=len(left) * self.steps - done,
             # a step is a forward pass and a backward pass of twice the work, or three times where it rebuilds
-            evaluation_steps=len(left) * len(self.dataset.test.labels) / self.batch / (4 if rebuilds else 3),
+            evaluation_steps=len(left) * len(self.dataset.test) / self.batch / (4 if rebuilds else 3),
             probes=sum(map(self.probe.is_due, left)),
             probe_steps=(3 if self.probe.gradients else 1) * len(self.probe.labels) / share,
             probe_seconds=self.probe_seconds,
@@ -352,7 +361,7 @@ class Run:
     def train_epoch(self) -> Progress:
         """The steps of the epoch under way, or those that are left of it."""
         if self.progress is None:
-            self.progress = Progress.begin(len(self.dataset.train.labels), self.steps, self.generator, self.device)
+            self.progress = Progress.begin(len(self.dataset.train), self.steps, self.generator, self.no_hits())
         progress = self.progress
         self.model.train()
         self.trainer.epoch = self.epoch
@@ -384,9 +393,9 @@ class Run:
         """One step of the optimizer."""
         picked, following = (progress.order[each * self.batch : (each + 1) * self.batch] for each in (step, step + 1))
         rate = self.rate((self.epoch - 1) * self.steps + step)
-        loss, correct = self.trainer(picked, rate, following if step + 1 < self.steps else None)
+        loss, hits = self.trainer(picked, rate, following if step + 1 < self.steps else None)
         progress.losses[step] = loss
-        progress.correct += correct
+        progress.correct += hits
 
     def look(self, progress: Progress, bar: tqdm) -> None:
         """Wait for the device and look at the losses so far."""
@@ -394,8 +403,8 @@ class Run:
         errors.check_finite(losses, self.epoch, self.config)
         self.check_overflows(progress)
         if not bar.disable:
-            accuracy = progress.correct.item() / (progress.step * self.batch)
-            bar.set_postfix(loss=f"{losses.mean().item():.3f}", accuracy=f"{accuracy:.3f}")
+            right = accuracy(progress.correct, progress.step * self.batch)
+            bar.set_postfix(loss=f"{losses.mean().item():.3f}", accuracy=f"{right:.3f}")
 
     def check(self, progress: Progress) -> None:
         """Raise where the epoch so far has left anything that is not finite: it must not be saved."""
@@ -433,7 +442,8 @@ class Run:
         self.make_room()
         # several processes do not all have as many batches, and could not ask each other after each
         may_stop = self.stop_if_asked if self.processes.size == 1 else _go_on
-        loss_test, accuracy_test = self.tested(self.model, may_stop)
+        loss_test, hits_test = self.tested(self.model, may_stop)
+        accuracy_test = accuracy(hits_test, len(self.test))
         self.best_accuracy = max(self.best_accuracy, accuracy_test)
         return {
             "epoch": self.epoch,
@@ -441,8 +451,9 @@ class Run:
             "lr": self.rate(self.epoch * self.steps - 1),
             "loss_train": progress.losses.mean().item(),
             "loss_test": loss_test,
-            "accuracy_train": progress.correct.item() / trained,
+            "accuracy_train": accuracy(progress.correct, trained),
             "accuracy_test": accuracy_test,
+            **self.measure_overlap(progress.correct, hits_test),
             **self.measure_apart(may_stop),
             "train_images": trained,
             "train_seconds": seconds,
@@ -456,18 +467,29 @@ class Run:
         """The test accuracies beside the plain one: with flip averaging, and of the average of the weights."""
         average, found = self.trainer.average, {}
         if self.config.training.test_flip:
-            found["accuracy_test_flip"] = self.tested(MirrorAveraged(self.model), may_stop)[1]
+            found["accuracy_test_flip"] = self.accuracy_of(MirrorAveraged(self.model), may_stop)
         if average is not None:
             with average.in_place():  # whoever stopped here would save the average for the weights
-                found["accuracy_test_ema"] = self.tested(self.model, _go_on)[1]
+                found["accuracy_test_ema"] = self.accuracy_of(self.model, _go_on)
         return found
 
-    def tested(self, model: nn.Module, may_stop: Callable[[], None]) -> tuple[float, float]:
-        """Loss and accuracy on the test images."""
+    def measure_overlap(self, hits_train: Tensor, hits_test: Tensor) -> dict[str, Any]:
+        """Intersection over union, where pixels have classes."""
+        if self.config.network.task != "segment":
+            return {}
+        of_classes = dict(zip(self.dataset.classes, iou_of_classes(hits_test), strict=True))
+        return {"iou_train": mean_iou(hits_train), "iou_test": mean_iou(hits_test), "iou_of_classes": of_classes}
+
+    def tested(self, model: nn.Module, may_stop: Callable[[], None]) -> tuple[float, Tensor]:
+        """Loss and hits on the test images."""
         return evaluate(
-            model, self.test, self.batch, self.normalised, self.precision, self.device, self.processes,
+            model, self.test, self.batch, self.normalised, self.precision, self.device, self.no_hits(), self.processes,
             may_stop, self.at_once,
         )  # fmt: skip
+
+    def accuracy_of(self, model: nn.Module, may_stop: Callable[[], None]) -> float:
+        """Its accuracy on the test images, 0..1."""
+        return accuracy(self.tested(model, may_stop)[1], len(self.test))
 
     def make_room(self) -> None:
         """Evaluation and probe need as much memory as a step, whose graph must not hold what there is of it."""
@@ -513,7 +535,7 @@ class Run:
                     "mean": dataset.mean.tolist(),
                     "std": dataset.std.tolist(),
                 },
-                "images": len(dataset.train.labels),
+                "images": len(dataset.train),
                 "processes": self.processes.size,
                 "epoch": epochs_done,
                 "partial": self.progress.as_dict() if self.progress else None,
@@ -534,9 +556,10 @@ def _percent(accuracy: float | None) -> str:
 
 def _summary(line: Line, epochs: int) -> str:
     snr = f"  SNR min {snr_text(line['snr_db']['minimum'])}" if line["snr_db"] else ""
+    overlap = "" if line["iou_test"] is None else f"  IoU {_percent(line['iou_test'])} test"
     return (
         f"epoch {line['epoch']:>{len(str(epochs))}}/{epochs}"
         f"  loss {line['loss_train']:.3f} train {line['loss_test']:.3f} test"
         f"  accuracy {_percent(line['accuracy_train'])} train {_percent(line['accuracy_test'])} test"
-        f"{snr}" + (f"  {line['images_per_second']:,.0f} images/s" if line["images_per_second"] else "")
+        f"{overlap}{snr}" + (f"  {line['images_per_second']:,.0f} images/s" if line["images_per_second"] else "")
     )

@@ -1,6 +1,6 @@
 """One step of training, with all that it needs held on the device; on CUDA captured in a graph and replayed.
 
-B images of a batch, K micro-batches of it, H = W pixels a side.
+B images of a batch, K micro-batches of it, H x W pixels.
 """
 
 from __future__ import annotations
@@ -58,13 +58,14 @@ class Step(Work):
         optimizer = make_optimizer(model, config.training)
         mean, std = dataset.mean.to(device), dataset.std.to(device)
         average = None if (decay := config.training.ema_decay) is None else WeightAverage(model, decay)
-        super().__init__(model, config, optimizer, share, feed, mean, std, device, processes, average)
-        self.batch, self.image_size = batch, dataset.image_size
+        classes = len(dataset.classes)
+        super().__init__(model, config, optimizer, share, classes, feed, mean, std, device, processes, average)
+        self.batch, self.image_size = batch, dataset.train.smallest
         self.generator = torch.Generator().manual_seed(config.machine.seed)  # of order and augmentation
         self.epoch = 1  # under way, for flips that alternate; who trains sets it
         augmentation = config.data.augment
         self.mirrored = (
-            data.first_flips(len(dataset.train.labels), config.machine.seed)
+            data.first_flips(len(dataset.train), config.machine.seed)
             if augmentation.flip and augmentation.alternate_flip
             else None
         )
@@ -75,6 +76,8 @@ class Step(Work):
         if config.machine.graph == "auto" and device.type in GRAPHS:
             if processes.size > 1:
                 _say_no_graph("there are several processes")
+            elif not dataset.train.is_uniform:
+                _say_no_graph("images differ in size")
             else:
                 self.graph = GRAPHS[device.type](device)
 
@@ -86,20 +89,22 @@ class Step(Work):
             following: (B,), those of the next step, where there is one.
 
         Returns:
-            The batch's mean loss () and how many images were classified correctly () int64, of all processes together.
-            Both lie on the device, and are overwritten by the next step.
+            The batch's mean loss () and its hits (see `revtrain.objective`), of all processes together. Both lie on the
+            device, and are overwritten by the next step.
         """
         own = self.processes.own(self.batch)
         self._choose(picked[own])
-        self.feed.load(picked[own])
+        self.feed.load(picked[own], self.epoch)
         self._set_rate(rate)
         if self.average is not None:
             self.average.advance()
+        if following is not None:
+            self.feed.begin(following[own], self.epoch)
         self._advance()
         if following is not None:
             self.feed.prefetch(following[own])
         self.steps += 1
-        return self.loss, self.correct
+        return self.loss, self.hits
 
     def make_room(self, limit_bytes: int) -> None:
         """Between steps, for others that need as much as a step: give the graph's memory back where it is short.
@@ -114,13 +119,13 @@ class Step(Work):
     # ---- before the work ---------------------------------------------------------------------------------
 
     def _choose(self, picked: Tensor) -> None:
-        """Put down on the device which images a step takes and how each is changed: (B, 6), see `Work`."""
+        """Put down on the device which images a step takes and how each is changed: (B, columns), see `Work`."""
         own = self.processes.own(self.batch)
         drawn = data.draw_augmentation(self.batch, self.image_size, self.config.data.augment, self.generator)
-        offsets, flips, centres = (draw[own] for draw in drawn)  # all processes draw the same
+        draws = drawn.each(lambda draw: draw[own])  # all processes draw the same
         if self.mirrored is not None:
-            flips = self.mirrored[picked] ^ (self.epoch % 2 == 0)
-        choices = torch.cat([picked[:, None], offsets, flips[:, None], centres], dim=1)
+            draws = draws._replace(flips=self.mirrored[picked] ^ (self.epoch % 2 == 0))
+        choices = torch.cat([picked[:, None], draws.packed()], dim=1)
         if self.device.type == "cuda":
             choices = choices.pin_memory()  # so that the copy waits for nothing
         self.choices.copy_(choices, non_blocking=True)

@@ -48,7 +48,7 @@ from revtrain.errors import RevtrainError
 from revtrain.layers import AdditiveCoupling, Head, HiddenChunkCoupling, WideResidual
 from revtrain.machine.device import DTYPES, autocast, choose_device, describe, synchronize
 from revtrain.memory.live import LiveStorages
-from revtrain.models import architectures, build_model, traits
+from revtrain.models import build_model, for_task, traits
 from revtrain.models.chunked import residual
 from revtrain.models.common import conv3x3
 
@@ -268,7 +268,7 @@ def all_cases() -> dict[str, Case]:
             for k in HIDDEN_CHUNKS
         ),
     ]
-    for arch in architectures():
+    for arch in for_task("classify"):
         arch_store = partial(make_arch, arch, "store")
         cases.append(Case(f"{arch}:store", "arch", f"{arch}, store", arch_store, arch_store, baseline=True))
         if traits(arch).reversible:

@@ -16,7 +16,7 @@ from typing import Any
 from revtrain.conf import compose
 from revtrain.config import Network, read, registry
 from revtrain.errors import RevtrainError
-from revtrain.models import Images, analytic_memory, architectures, traits
+from revtrain.models import Images, analytic_memory, for_task, traits
 
 IMAGES = Images(classes=10, size=32)
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("keys", nargs="*", metavar="ARCH.KEY=VALUE")
     parser.add_argument("--within", type=float, default=0.015, help="share of the parameters (default: 0.015)")
     args = parser.parse_args(argv)
-    for arch in architectures():
+    for arch in for_task("classify"):
         own = [each.removeprefix(f"{arch}.") for each in args.keys if each.startswith(f"{arch}.")]
         config = read(compose([f"arch={arch}", "data=synthetic", *own]))
         if not hasattr(registry.load("models", arch), "memory"):

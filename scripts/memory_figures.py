@@ -35,7 +35,7 @@ from revtrain.config import read
 from revtrain.machine.device import DTYPES
 from revtrain.memory.closed_form import MemoryModel, Module, Moment
 from revtrain.memory.live import LiveStorages
-from revtrain.models import analytic_memory, architectures, build_model, traits
+from revtrain.models import analytic_memory, build_model, for_task, traits
 from revtrain.optim import make_optimizer
 from revtrain.planning.predict import StepPredictor
 
@@ -316,7 +316,7 @@ def draw(overrides: list[str], image_size: int, batch: int) -> Figure:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("overrides", nargs="*", help="configuration for all, e.g. width=16 precision=bf16")
-    parser.add_argument("--arch", nargs="+", default=architectures(), choices=architectures(), metavar="ARCH")
+    parser.add_argument("--arch", nargs="+", default=for_task("classify"), choices=for_task("classify"), metavar="ARCH")
     parser.add_argument("--depth", action="store_true", help="memory against depth instead")
     parser.add_argument("--image-size", type=int, default=32, help="pixels a side (32)")
     parser.add_argument("--batch", type=int, default=512, help="images of the recorded step (512)")

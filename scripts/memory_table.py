@@ -32,7 +32,7 @@ from revtrain.conf import compose
 from revtrain.config import read
 from revtrain.machine.device import DTYPES
 from revtrain.memory.closed_form import MemoryModel
-from revtrain.models import analytic_memory, architectures, build_model, traits
+from revtrain.models import analytic_memory, build_model, for_task, traits
 from revtrain.optim import make_optimizer
 from revtrain.planning.plan import MOST_IMAGES, largest_batch
 from revtrain.planning.predict import StepPredictor
@@ -186,7 +186,7 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("overrides", nargs="*", help="configuration for all, e.g. width=16 precision=bf16")
-    parser.add_argument("--arch", nargs="+", default=architectures(), choices=architectures(), metavar="ARCH")
+    parser.add_argument("--arch", nargs="+", default=for_task("classify"), choices=for_task("classify"), metavar="ARCH")
     parser.add_argument("--backward", nargs="+", default=["invert", "store"], choices=["invert", "store"])
     parser.add_argument("--batch", type=int, default=512, help="images of the predicted step (512)")
     parser.add_argument("--measure-batch", type=int, default=16, help="smaller batch of the real steps; 0: none (16)")

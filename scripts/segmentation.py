@@ -9,6 +9,11 @@ The second is a real image of 512 x 512 pixels with the outline of every nucleus
 the package stardist ships. Networks are trained on crops of its left three quarters and judged on the rest, which no
 crop has seen. Both networks have the same training: Adam, the same crops, the same number of steps.
 
+    python scripts/segmentation.py --image $D/img2d.tif --mask $D/mask2d.tif --folder nuclei/8bit
+    revtrain task=segment data=maskfolder data.root=nuclei/8bit data.binary=true data.crop=128 ...   # see the docs
+
+writes both parts as 8-bit files, as `revtrain task=segment` reads them, and trains nothing.
+
 Adds rows to docs/figures/segmentation.csv, those of the same data replaced:
 
 IoU            pixels of a class that are found over those that are of it or taken for it; the mean of all classes but
@@ -165,6 +170,7 @@ class Nuclei:
             raise SystemExit(f"{image} and {mask}: expected grey images of one size, the mask 0 where nothing is.")
         pixels = (pixels - pixels.mean()) / pixels.std()
         cut = 3 * pixels.shape[1] // 4 // 32 * 32
+        self.least, self.most = pixels.min(), pixels.max()
         labels = (objects > 0).long()
         self.seen, self.unseen = ((pixels[:, part], labels[:, part]) for part in (slice(0, cut), slice(cut, None)))
         self.side = side
@@ -181,6 +187,14 @@ class Nuclei:
             found.append(crop.flip(2) if mirrored else crop)
         both = torch.stack(found)
         return both[:, :1].contiguous(), both[:, 1].long()
+
+    def write(self, folder: Path) -> None:
+        """Both parts as `data=maskfolder` reads them; brightness from the least to the greatest in 8 bits."""
+        for split, (pixels, labels) in (("train", self.seen), ("test", self.unseen)):
+            bright = 255 * (pixels - self.least) / (self.most - self.least)
+            for name, values in (("images", bright), ("masks", labels)):
+                (folder / split / name).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(values.round().numpy().astype(np.uint8)).save(folder / split / name / "nuclei.png")
 
     def rest(self) -> tuple[Tensor, Tensor]:
         pixels, labels = self.unseen
@@ -247,6 +261,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image", type=Path, help="a grey image; without it: drawn shapes")
     parser.add_argument("--mask", type=Path, help="of the same size, 0 where there is nothing")
+    parser.add_argument("--folder", type=Path, help="write the images for `revtrain task=segment` there, and end")
     for name, usual, meaning in (
         ("steps", 300, f"each of {BATCH} images"), ("seeds", 3, "runs of each network"),
         ("channels", 16, "of the reversible network"), ("levels", 2, "below the first"),
@@ -260,6 +275,9 @@ def main() -> None:
         rows = rows_for("discs and squares, 64 x 64", drawn_shapes, test, 3, args)
     else:
         nuclei = Nuclei(args.image, args.mask)
+        if args.folder is not None:
+            nuclei.write(args.folder)
+            return
         height, width = nuclei.unseen[0].shape
         rows = rows_for(f"nuclei, tested on {height} x {width}", nuclei.crops, nuclei.rest(), 2, args)
     before = []

@@ -91,7 +91,7 @@ def test_the_largest_batch_grows_with_the_micro_batches():
     assert four.fits and "in 4 micro-batches" in four.table()
 
 
-@pytest.mark.parametrize(("batch", "count", "remedy"), [(16, 3, "batch=15"), (4, 4, "batch=8"), (10, 4, "batch=8")])
+@pytest.mark.parametrize(("batch", "count", "remedy"), [(16, 3, "batch=15"), (3, 4, "batch=4"), (10, 4, "batch=8")])
 def test_a_batch_that_cannot_be_cut_is_refused(batch, count, remedy, tmp_path):
     with pytest.raises(RevtrainError) as caught:
         run(tmp_path, f"batch={batch}", f"accumulate={count}")
@@ -103,15 +103,15 @@ def test_a_batch_that_cannot_be_cut_is_refused(batch, count, remedy, tmp_path):
 
 
 def test_a_run_ends_when_it_has_reached_its_target(tmp_path, monkeypatch):
-    accuracies = iter([0.2, 0.6, 0.9, 0.95])
-    monkeypatch.setattr(revtrain.training.run, "evaluate", lambda *args: (1.0, next(accuracies)))
+    hits = iter([4, 12, 18, 19])  # of 20 test images
+    monkeypatch.setattr(revtrain.training.run, "evaluate", lambda *args: (1.0, torch.tensor(next(hits))))
     run(tmp_path / "run", "epochs=4", "target_accuracy=0.9", "probe.every=0")
     result, lines = read_result(tmp_path / "run"), read_metrics(tmp_path / "run")
     assert result["status"] == "completed" and result["epochs"] == 3 == len(lines) - 1
     reached = result["target_reached"]
     assert (reached["accuracy"], reached["epoch"], reached["train_images"]) == (0.9, 3, 3 * 48)
     assert reached["train_seconds"] == pytest.approx(sum(line["train_seconds"] for line in lines[1:]))
-    monkeypatch.setattr(revtrain.training.run, "evaluate", lambda *args: (1.0, 0.1))
+    monkeypatch.setattr(revtrain.training.run, "evaluate", lambda *args: (1.0, torch.tensor(2)))
     run(tmp_path / "again", "epochs=4", "target_accuracy=0.9", "probe.every=0", f"resume={tmp_path / 'run'}")
     assert read_result(tmp_path / "again")["target_reached"] == reached, "resumed, it has nothing left to do"
 

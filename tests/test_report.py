@@ -134,7 +134,7 @@ def test_the_dashboard_opens_on_a_layout(finished, tmp_path):
     patterns = [re.compile(tag) for chart in [*first.chart, *more.chart] for tag in chart.multiline.tag]
     for tag in events.Tags()["scalars"]:  # each curve has its one chart
         assert sum(pattern.match(tag) is not None for pattern in patterns) == 1, tag
-    assert len(patterns) == 17
+    assert len(patterns) == 20
 
 
 def test_what_is_not_finite_becomes_null(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from revtrain.machine.sigterm import Terminated
 from revtrain.models import build_model
 from revtrain.objective import accuracy, iou_of_classes, mean_iou
 from revtrain.planning.plan import make_plan
+from revtrain.runs.dashboard import LAYOUT
 from revtrain.training import run as training
 
 SMALL = (
@@ -349,6 +351,9 @@ def test_the_dashboard_shows_the_overlap(segmented):
     tags = events.Tags()["scalars"]
     assert {"iou/test", "iou/train", "iou/class/background", "iou/class/star", "accuracy/test"} <= set(tags)
     assert events.Scalars("iou/test")[-1].value == pytest.approx(segmented[0]["test_iou"])
+    charted = [chart[1] for group in LAYOUT.values() for chart in group.values()]
+    for tag in tags:
+        assert sum(re.match(pattern, tag) is not None for patterns in charted for pattern in patterns) == 1, tag
 
 
 def test_rebuilding_trains_as_storing_does(tmp_path):

@@ -44,6 +44,7 @@ LAYOUT = {
             [Tag.ACCURACY_TEST_FLIP, Tag.ACCURACY_TEST_EMA],
         ],
         "IoU, task=segment": ["Multiline", [f"{Tag.IOU_TEST}$", f"{Tag.IOU_TRAIN}$"]],
+        "IoU of each class, test images": ["Multiline", [Tag.IOU_OF_CLASS]],
         "loss": ["Multiline", [Tag.LOSS_TEST, Tag.LOSS_TRAIN]],
         "gradients, least cosine": ["Multiline", [Tag.GRADIENT_COSINE]],
         "halves, correlation": ["Multiline", [Tag.HALVES_CORRELATION]],

@@ -14,7 +14,7 @@ from revtrain.errors import RevtrainError
 from revtrain.kernels.pieces import batch_pieces
 from revtrain.machine import device as devices
 from revtrain.memory.live import LiveStorages
-from revtrain.planning.plan import cap_memory, loop_bytes, make_plan, margin_bytes
+from revtrain.planning.plan import cap_memory, loop_bytes, make_plan, margin_bytes, probe_images
 from revtrain.planning.predict import Prediction, StepPredictor
 from revtrain.training import run as train
 
@@ -433,3 +433,12 @@ def test_a_sweep_of_plans(command):
     listed = ran.out.partition("2 jobs in ")[2]
     assert "planned: batch 8, " in listed and "planned: batch 52, " in listed
     assert "MiB, fits\n" in listed and "MiB, does not fit\n" in listed
+
+
+def test_a_probe_of_large_images_takes_no_more_than_a_step():
+    cfg = read(compose("arch=chunked", "width=4", "depth=1", "pooling=[]"))
+    for batch, side, images in ((1, 2048, 2), (8, 2048, 8), (1, 128, 16), (100, 32, 64)):
+        assert probe_images(cfg.probe, batch, side**2) == images
+        assert loop_bytes(cfg, CPU, batch, side, 1000)[0] == (
+            4 * (1000 // batch) + 8 + 8 * 1000 + images * (3 * side**2 + 8)
+        )

@@ -191,7 +191,10 @@ class ProbeConfig:
     """The probe that measures the SNR of reconstructed activations, outside of the training steps."""
 
     batch: int = key(
-        64, "images in the probe batch", at_least=2, remark="batch normalisation needs at least two images"
+        64,
+        "images in the probe batch; of large ones no more than a step has",
+        at_least=2,
+        remark="batch normalisation needs at least two images",
     )
     every: int = key(1, "epochs between two probes; 0: never", at_least=0, remark="0 means: never probe")
     gradients: bool = key(True, "compare every parameter's gradient with that of backward=store, too")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from revtrain.config import Config, DataConfig, ImageSize, Network, parse_memory, read, registry
+from revtrain.config import Config, DataConfig, ImageSize, Network, ProbeConfig, parse_memory, read, registry
 from revtrain.data import Facts
 from revtrain.errors import RevtrainError
 from revtrain.machine import device as devices
@@ -35,6 +35,7 @@ STRAIGHT_TRIES = 6  # along the line; from then on the search halves the interva
 MOST_IMAGES = 2**24  # where the size of the training set is not known
 # A closed form is good to a few per cent: an architecture is recommended with a tenth to spare.
 SPARE = 1.1
+PROBE_PIXELS = 64**3  # that a probe may have at any rate: 64 images of 64 x 64
 MARGIN_SHARE, LEAST_MARGIN_BYTES = 0.1, 64 * MIB  # on CUDA
 
 # ---- the plan ------------------------------------------------------------------------------------
@@ -347,13 +348,24 @@ def loop_bytes(
     losses = 4 * (count // batch) + 8  # and the hits
     if device.type == "cpu":
         probe = config.probe
-        probed = image_bytes * min(probe.batch, count or probe.batch) if probe.every else 0
+        images = probe_images(probe, batch, pixels)
+        probed = image_bytes * min(images, count or images) if probe.every else 0
         return losses + 8 * count + probed + (3 * image_bytes * batch if config.data.streams else 0), False
     if config.data.streams:
         return losses + image_bytes * batch, False
     whole, two = image_bytes * count, 2 * image_bytes * batch
     holds = 0 < whole <= max(room, two)
     return losses + (whole if holds else two), holds
+
+
+def probe_images(probe: ProbeConfig, batch: int, pixels: int) -> int:
+    """How many images a probe takes: as many as it is asked for, but of large ones no more than a step does. It stores
+    activations, which of many large images fit nowhere.
+
+    Args:
+        batch: images of a step. pixels: of an image.
+    """
+    return min(probe.batch, max(2, batch, PROBE_PIXELS // pixels))
 
 
 def room_bytes(peak_bytes: int, memory_limit: str | None, device: torch.device) -> int:

@@ -76,10 +76,9 @@ class Probe:
 
 def at_most(probe: ProbeConfig, images: int) -> ProbeConfig:
     """`probe` with so many images at most, though as many as batch norms need; says where that changes it."""
-    images = max(LEAST_IMAGES, images)
     if not probe.every or probe.batch <= images:
         return probe
-    log.info("probe      of %d images: more than %d of this size would store too much", images, images)
+    log.info("probe      of %d images: more of this size would store too much", images)
     return replace(probe, batch=images)
 
 

@@ -46,7 +46,6 @@ from revtrain.training.step import Step
 
 log = logging.getLogger(__name__)
 
-PROBE_PIXELS = 64 * 64 * 64  # of a probe are taken at any rate
 CHECK_EVERY = 20  # steps between two looks at the losses: each look waits for the GPU
 
 
@@ -300,15 +299,15 @@ class Run:
         return StepPredictor(self.config, self.images.classes, self.images.size, planned_for=self.device.type)
 
     def probe_that_fits(self) -> ProbeConfig:
-        """The probe within what it may have beside what the loop holds; without a limit, of no more pixels than a step
-        has, or than `PROBE_PIXELS` if that is more: it stores activations, which of large images fit nowhere."""
-        config, limit = self.config, planning.limit_bytes(self.config.machine.memory_limit, self.device)
+        """The probe of as many images as make sense, within what it may have beside what the loop holds."""
+        share = self.processes.share(self.batch)
+        images = planning.probe_images(self.config.probe, share, self.dataset.image_size.pixels)
+        config = replace(self.config, probe=at_most(self.config.probe, images))
+        limit = planning.limit_bytes(self.config.machine.memory_limit, self.device)
         if limit is None:
-            share, pixels = self.processes.share(self.batch), self.dataset.image_size.pixels
-            return at_most(config.probe, max(share, PROBE_PIXELS // pixels))
-        share, train = self.processes.share(self.batch), self.dataset.train
+            return config.probe
         room = planning.room_bytes(self.memory.peak_bytes, config.machine.memory_limit, self.device)
-        beside, _ = planning.loop_bytes(config, self.device, share, self.images.size, len(train), room)
+        beside, _ = planning.loop_bytes(config, self.device, share, self.images.size, len(self.dataset.train), room)
         budget = limit - beside - planning.margin_bytes(self.device, limit)
         stored = planning.roughly_stored(config, self.images, config.probe.batch)
         if stored is not None and 2 * stored <= budget:  # it keeps each activation once, and on a CPU those for the SNR

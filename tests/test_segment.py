@@ -6,6 +6,7 @@ import math
 import os
 import re
 import signal
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -191,7 +192,7 @@ def cut_short(root):
         ),
         (spoil_size, (), ("1.tif", "9x9", "16x16")),
         (spoil_colours, (), ("1.tif", "colours", "RGB")),
-        (spoil_numbers, (), ("1.tif holds 7", "0 to 2", "data.classes")),
+        (spoil_numbers, ("data.classes=3",), ("hold 7", "of 3 classes", "data.classes=8")),
         (spoil_names, ("data.classes=3",), ("classes.txt", "4 classes", "data.classes=3")),
         (cut_short, (), ("1.tif", "damaged")),
         (spoil_stems, (), ("1.bmp", "1.png", "one name")),
@@ -418,3 +419,95 @@ def test_a_task_brings_its_architecture_and_data():
     config = read(compose_as_is(["task=segment"]))
     assert (config.network.arch, config.data.name, config.data.augment.cutout) == ("unet", "synthetic_masks", 0)
     assert isinstance(config.data, DataConfig) and read(compose_as_is([])).network.task == "classify"
+
+
+# ---- faults that once were -------------------------------------------------------------------------------
+
+
+def one_pair(folder: Path, mask: Image.Image, image: Image.Image | None = None, **saved) -> Path:
+    """A data set of one image, for training and test."""
+    for split in ("train", "test"):
+        for part, content in (("images", image or Image.new("RGB", mask.size)), ("masks", mask)):
+            (folder / split / part).mkdir(parents=True)
+            content.save(folder / split / part / "a.png", **(saved if part == "masks" else {}))
+    return folder
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_greys_of_few_bits_keep_their_numbers(tmp_path, bits):
+    """Pillow multiplies them, so that the highest is white."""
+    numbers = np.random.default_rng(0).integers(0, 4, (8, 12)).astype(np.uint8)
+    packed = np.zeros((8, 12 * bits // 8), np.uint8)
+    for column in range(12):
+        packed[:, column * bits // 8] |= numbers[:, column] << (8 - bits - column * bits % 8)
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checked = kind + content
+        return len(content).to_bytes(4, "big") + checked + zlib.crc32(checked).to_bytes(4, "big")
+
+    header = (12).to_bytes(4, "big") + (8).to_bytes(4, "big") + bytes([bits, 0, 0, 0, 0])
+    rows = b"".join(b"\0" + row.tobytes() for row in packed)
+    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    one_pair(tmp_path, Image.new("L", (12, 8)))
+    for split in ("train", "test"):
+        (tmp_path / split / "masks/a.png").write_bytes(content)
+    data = masks_of(tmp_path)
+    assert len(data.classes) == 4 and np.array_equal(data.test.read(torch.arange(1))[1][0].numpy(), numbers)
+
+
+def test_lossy_masks_are_refused(tmp_path):
+    one_pair(tmp_path, Image.new("L", (16, 16), 1))
+    Image.new("L", (16, 16), 1).save(tmp_path / "train/masks/a.png", "JPEG")
+    with pytest.raises(RevtrainError, match=r"JPEG changes numbers"):
+        masks_of(tmp_path)
+
+
+def test_a_mask_of_another_size_is_refused_also_where_both_are_resized(tmp_path):
+    one_pair(tmp_path, Image.new("L", (32, 64)), Image.new("RGB", (64, 32)))
+    with pytest.raises(RevtrainError, match=r"32x64 pixels, its image 64x32"):
+        masks_of(tmp_path, "data.image_size=16")
+
+
+def test_what_255_means_is_kept_with_the_run(tmp_path):
+    from revtrain.inference.evaluate import evaluate
+    from revtrain.inference.restore import restore
+
+    plain, white = pairs(tmp_path / "plain", (0, 1)), pairs(tmp_path / "white", (0, 255))
+    trained = {}
+    for name, root in (("plain", plain), ("white", white)):
+        run(tmp_path / "runs" / name, f"data.root={root}", "accumulate=2", "epochs=1", "probe.every=0", base=IN_FOLDERS)
+        trained[name] = restore(tmp_path / "runs" / name)
+    assert not trained["plain"].binary and trained["white"].binary
+    ignoring = evaluate(trained["plain"], str(white))
+    assert ignoring.confusion[1].sum() == 0 < ignoring.confusion[0].sum()
+    assert (evaluate(trained["white"], str(white)).confusion.sum(1) > 0).all()
+    for path in (white / "test/masks").iterdir():
+        Image.fromarray(np.full_like(np.asarray(Image.open(path)), 255)).save(path)
+    with pytest.raises(RevtrainError, match="No pixel of"):
+        evaluate(trained["plain"], str(white))
+    assert masks_of(white, "data.classes=3").classes == ("background", "1", "2")
+    assert not masks_of(white, "data.classes=3").train.binary
+
+
+def test_the_loss_of_a_test_set_is_the_mean_of_its_pixels(tmp_path):
+    """Windows at an edge have few pixels of their own."""
+    base = (*IN_FOLDERS, f"data.root={pairs(tmp_path)}", "epochs=1", "probe.every=0")
+    run(tmp_path / "run", "data.crop=12", base=base)
+    state, cfg = read_checkpoint(tmp_path / "run"), read(compose_as_is([*base, "data.crop=12"]))
+    data = load_data(cfg.data, 2)
+    model = build_model(cfg, 3, 12).eval()
+    model.load_state_dict(state["model"])
+    losses = []
+    for images, labels in data.test.batches(1):
+        with torch.no_grad():
+            logits = model(normalise(images, data.mean, data.std))
+        losses.append(F.cross_entropy(logits, labels.long(), ignore_index=IGNORED, reduction="none")[labels != IGNORED])
+    assert read_metrics(tmp_path / "run")[-1]["loss_test"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+
+
+def test_names_that_look_the_same_are_the_same(tmp_path):
+    one_pair(tmp_path, Image.new("1", (8, 8)))
+    for split in ("train", "test"):
+        (tmp_path / split / "images/a.png").rename(tmp_path / split / "images/gr\u00fcn.png")
+        (tmp_path / split / "masks/a.png").rename(tmp_path / split / "masks/gru\u0308n.png")
+    assert len(masks_of(tmp_path).train) == 1

@@ -136,7 +136,12 @@ def test_small_images_are_mirrored_at_their_borders(tmp_path):
 
 def test_whole_images_keep_their_sizes_up_to_the_divisor(tmp_path):
     data = data_of(folder_of(tmp_path), "data.stream=true", divisor=4)
-    assert not data.train.is_uniform and data.image_size == (36, 52) and data.train.smallest == (16, 16)
+    assert (
+        not data.train.is_uniform
+        and data.image_size == (36, 52)
+        and data.train.least == (16, 16)
+        and data.train.greatest == (40, 52)
+    )
     sizes = [tuple(images.shape[2:]) for images, _ in data.train.batches(4)]
     assert sizes == [((40, 24), (16, 16), (36, 52))[index] for index in (0, 2, 1, 0, 1, 0, 2, 1)]
     alike = data_of(folder_of(tmp_path / "b", [(13, 16)]), "data.stream=true", divisor=4)
@@ -158,9 +163,8 @@ def test_resized_and_streamed_images_are_those_in_memory(tmp_path):
 
 def test_a_subset_of_parts_keeps_their_files(tmp_path):
     data = data_of(folder_of(tmp_path), "data.crop=8", "data.crops=2", "data.train_limit=6")
-    assert len(data.train) == 6 and data.train.class_labels.tolist() == [0, 0, 0, 1, 1, 1]
-    with_labels = data.train.read(torch.arange(6), 1)[1]
-    assert torch.equal(with_labels, data.train.class_labels)
+    assert data.train.files == 6 and data.train.class_labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.train.read(torch.arange(12), 1)[1].tolist() == 6 * [0] + 6 * [1]
 
 
 def test_no_more_than_two_batches_are_read_at_a_time(tmp_path, monkeypatch):
@@ -322,3 +326,90 @@ def test_slides_are_read_at_a_level_of_their_pyramid(tmp_path, request):
     resized = data_of(tmp_path, "data.stream=true", "data.image_size=[64,96]", "data.level=3")
     images, labels = resized.test.read(torch.arange(2))
     assert torch.equal(images, whole.test.read(torch.arange(2))[0]) and labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_on_its_side_and_its_mask_are_turned_together(tmp_path, orientation, compression):
+    """Pillow maps uncompressed ones into memory as if they were stored turned."""
+    mask = np.random.default_rng(0).integers(0, 3, (20, 12), np.uint8)
+    paths = [str(tmp_path / f"{name}.tif") for name in ("image", "mask")]
+    for path, pixels in zip(paths, (mask * 100, mask), strict=True):
+        Image.fromarray(pixels).save(path, tiffinfo={274: orientation}, compression=compression)
+    split = StreamedSplit([Item(paths[0], mask=paths[1])], StreamSettings(crop=[12, 12]), classes=3)
+    images, labels = split.read(torch.arange(1), 1)
+    assert torch.equal(images[0, 0], labels[0] * 100) and labels.unique().tolist() == [0, 1, 2]
+
+
+# ---- faults that once were -------------------------------------------------------------------------------
+
+
+def test_mean_and_deviation_are_of_all_of_the_image_not_of_its_centre(tmp_path):
+    pixels = np.full((64, 64, 3), 255, np.uint8)
+    pixels[16:48, 16:48] = 0
+    for split in ("train", "test"):
+        path = tmp_path / split / "a" / "x.png"
+        path.parent.mkdir(parents=True)
+        Image.fromarray(pixels).save(path)
+    data = data_of(tmp_path, "data.crop=32")
+    assert 0.35 < data.mean[0] < 0.7 and data.std[0] > 0.4  # the centre alone is black
+
+
+def test_limits_count_images_and_keep_all_of_their_parts(tmp_path):
+    folder_of(tmp_path, [(16, 24)], train=8, test=4)
+    data = data_of(tmp_path, "data.crop=8", "data.crops=3", "data.train_limit=4", "data.test_limit=2")
+    assert (data.train.files, len(data.train), data.test.files, len(data.test)) == (4, 12, 2, 2)
+
+
+def test_an_image_that_changes_its_size_is_named(tmp_path):
+    data = data_of(folder_of(tmp_path, [(32, 32)]), "data.stream=true")
+    write(Path(data.train.items[0].path), (16, 16), 0)
+    write(Path(data.train.items[1].path), (48, 48), 0)
+    for index in (0, 1):
+        with pytest.raises(RevtrainError, match="another size than it had"):
+            data.train.read(torch.tensor([index]))
+
+
+def test_the_steps_before_a_damaged_file_are_kept(tmp_path, monkeypatch):
+    """Repaired, the run goes on to the bits that it would have come to."""
+    folder_of(tmp_path)
+    run(tmp_path / "whole", tmp_path, "data.crop=8", "batch=2", "epochs=1")
+    sound = {path: path.read_bytes() for path in tmp_path.glob("train/*/*")}
+    step, calls = training.Run.step, []
+
+    def then_damaged(self, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            for path in sound:
+                path.write_bytes(b"nothing")
+        return step(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Run, "step", then_damaged)
+        with pytest.raises(RevtrainError, match="damaged"):
+            run(tmp_path / "cut", tmp_path, "data.crop=8", "batch=2", "epochs=1")
+    for path, content in sound.items():
+        path.write_bytes(content)
+    kept = torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["partial"]
+    assert kept["step"] in (2, 3)  # the third batch had perhaps been read
+    training.train(compose_as_is([f"resume={tmp_path / 'cut'}", "data.workers=2"]), tmp_path / "rest", [])
+    whole, rest = (read_metrics(tmp_path / name)[-1] for name in ("whole", "rest"))
+    assert whole["loss_train"] == rest["loss_train"] and whole["loss_test"] == rest["loss_test"]
+
+
+def test_cutouts_reach_all_of_a_large_image_beside_a_small_one():
+    from revtrain.config import AugmentConfig
+    from revtrain.data import augment, draw_augmentation
+
+    cfg = AugmentConfig(pad=0, flip=False, cutout=12)
+    draws = draw_augmentation(400, [64, 48], cfg, torch.Generator().manual_seed(0))
+    for height, width in ((64, 48), (16, 20)):
+        white = torch.full((400, 3, height, width), 255, dtype=torch.uint8)
+        hidden = augment(white, draws, torch.zeros(3), torch.ones(3), cfg)[:, 0] == 0
+        assert hidden.any(0).all() and hidden.flatten(1).any(1).all()
+
+
+def test_auto_takes_images_of_different_sizes_one_at_a_time(tmp_path):
+    folder_of(tmp_path)
+    result = run(tmp_path / "run", tmp_path, "data.stream=true", "batch=auto", "memory_limit=1GiB", "epochs=1")
+    assert result["status"] == "completed" and result["config"]["batch"] == 1

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "memory": GROUND | {"kernels", "core", "layers"},
     "models": ENGINE,
     "numerics": ENGINE | {"models", "objective"},
-    "objective": {"layers"},
+    "objective": {"config", "layers"},
     "optim": ENGINE,
     "data": GROUND,
     "step": BUILT | {"data"},

@@ -13,6 +13,10 @@ class RevtrainError(Exception):
     """
 
 
+class ImageError(RevtrainError):
+    """An image that cannot be used, met in the middle of training: no step has begun with it."""
+
+
 def printable(name: Any) -> str:
     """A name as a message shows it: what is no letter of a line (a break, an escape, bytes that are no UTF-8) is
     written as an escape."""

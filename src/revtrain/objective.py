@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from revtrain.config import IGNORED
 from revtrain.layers import DenseHead, intersection_over_union
 
 
@@ -52,13 +53,15 @@ def loss_and_hits(
 
 
 def loss_sum_and_hits(model: nn.Module, images: Tensor, labels: Tensor, at_a_time: int) -> tuple[list[Tensor], Tensor]:
-    """The losses of a batch, each of `at_a_time` images added up, and its hits.
+    """The losses of a batch, each of `at_a_time` images added up, and its hits. Where pixels have classes, those of
+    all pixels that count are added up.
 
     The sums of several batches that go through the network together are those of each alone.
     """
     if is_dense(labels):
         losses, hits = _dense(model, images, labels)
-        return [part.sum() for part in losses.float().split(at_a_time)], hits
+        losses = losses.float() * (labels != IGNORED).flatten(1).sum(1)
+        return [part.sum() for part in losses.split(at_a_time)], hits
     logits = model(images).float()
     parts = zip(logits.split(at_a_time), labels.split(at_a_time), strict=True)
     return [F.cross_entropy(*part, reduction="sum") for part in parts], (logits.argmax(1) == labels).sum()
@@ -72,11 +75,16 @@ def _dense(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Te
     return losses, head.confusion.clone()
 
 
+def judged(hits: Tensor, images: int) -> int:
+    """How many losses `loss_sum_and_hits` adds up: `images`, or the pixels that count, 1 or more."""
+    return images if hits.dim() == 0 else max(1, int(hits.sum()))
+
+
 def accuracy(hits: Tensor, images: int) -> float:
     """The share of `images`, or of the pixels that count, that were right: 0..1."""
     if hits.dim() == 0:
         return hits.item() / images
-    return hits.trace().item() / max(1, hits.sum().item())
+    return hits.trace().item() / judged(hits, images)
 
 
 def iou_of_classes(hits: Tensor) -> list[float | None]:

@@ -94,6 +94,8 @@ def _evaluate(args: argparse.Namespace) -> int:
                 "--masks was given for a run of task=classify, which knows no classes of pixels.\n"
                 "Leave --masks out, or give a run of task=segment."
             )
+        if args.masks is not None and args.masks.exists() and not args.masks.is_dir():
+            raise RevtrainError(f"--masks {clean(args.masks)} is a file.\nGive a folder, which need not exist yet.")
         return _predict(trained, args)
     evaluation = evaluate(trained, args.data, args.batch)
     print(f"{clean(evaluation.source)}\n\n{evaluation.table()}", flush=True)

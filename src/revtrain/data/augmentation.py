@@ -24,7 +24,7 @@ class Draws(NamedTuple):
 
     offsets: Tensor  # (B, 2) int64: top and left of the crop in the padded image, 0 .. 2*pad
     flips: Tensor  # (B,) bool: mirror left and right
-    centres: Tensor  # (B, 2) int64: row and column of the cutout's centre, within the image
+    centres: Tensor  # (B, 2) int64: row and column of the cutout's centre, in an image of its size modulo that
     upside_down: Tensor | None = None  # (B,) bool: mirror top and bottom
     colours: Tensor | None = None  # (B, 3) int64, 0 .. STEPS: of brightness, contrast and saturation
 
@@ -65,8 +65,19 @@ def _standardised(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return images.sub_(mean).div_(std)
 
 
+def check_pad(cfg: Any, image_size: int | Sequence[int]) -> None:
+    """Refuse a pad that reflection cannot fill in images of this size, a side or [height, width] in pixels."""
+    size = ImageSize.of(image_size)
+    if not 0 <= cfg.pad < min(size):
+        raise RevtrainError(
+            f"data.augment.pad={cfg.pad} does not fit images of {size} pixels.\n"
+            f"Reflection can fill 0 to {min(size) - 1} pixels; 0 switches the crop off."
+        )
+
+
 def draw_augmentation(batch: int, image_size: int | Sequence[int], cfg: Any, generator: torch.Generator) -> Draws:
-    """The choices for `batch` images of `image_size`, a side or [height, width] in pixels, from a CPU generator.
+    """The choices for `batch` images of `image_size`, a side or [height, width] in pixels, or smaller, from a CPU
+    generator.
 
     `cfg` is the `data.augment` node. The same numbers are drawn whatever is switched off, so that switching
     one kind of augmentation off leaves the others as they were; those of `flip_vertical` and `colour` come last.
@@ -74,12 +85,8 @@ def draw_augmentation(batch: int, image_size: int | Sequence[int], cfg: Any, gen
     Raises:
         RevtrainError: a pad that reflection cannot fill, or a negative pad or cutout.
     """
+    check_pad(cfg, image_size)
     size = ImageSize.of(image_size)
-    if not 0 <= cfg.pad < min(size):
-        raise RevtrainError(
-            f"data.augment.pad={cfg.pad} does not fit images of {size} pixels.\n"
-            f"Reflection can fill 0 to {min(size) - 1} pixels; 0 switches the crop off."
-        )
     if cfg.cutout < 0:
         raise RevtrainError(f"data.augment.cutout={cfg.cutout} is no side in pixels.\nGive 0 (off) or more.")
     offsets = torch.randint(0, 2 * cfg.pad + 1, (batch, 2), generator=generator)
@@ -154,7 +161,8 @@ def _recoloured(images: Tensor, factors: Tensor) -> Tensor:
 def _hidden(draws: Draws, images: Tensor, side: int) -> Tensor:
     """(B, H, W) bool: what the cutouts of `side` pixels hide of images (B, ..., H, W)."""
     rows, columns = (torch.arange(each, device=images.device) for each in images.shape[-2:])
-    top, left = (draws.centres - side // 2).split(1, dim=1)  # (B, 1) each
+    centres = draws.centres % torch.tensor(images.shape[-2:], device=images.device)  # drawn for a larger image
+    top, left = (centres - side // 2).split(1, dim=1)  # (B, 1) each
     in_rows = (rows >= top) & (rows < top + side)
     in_columns = (columns >= left) & (columns < left + side)
     return in_rows[:, :, None] & in_columns[:, None, :]

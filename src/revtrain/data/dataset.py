@@ -21,6 +21,8 @@ from revtrain.errors import RevtrainError
 # Subsets are the same in every run, whatever its seed: two runs on 1,000 images see the same 1,000.
 SUBSET_SEED = 1910_11127
 COUNTED_PIXELS = 2**26  # of streamed images, for mean and deviation
+LEAST_PIXELS, MOST_ROUNDS = 2**22, 64  # of parts of them
+NO_EPOCH = 2**32  # no run comes to it: its parts are others than those of training
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,19 @@ class Split:
         return ImageSize(*self.images.shape[-2:])
 
     @property
-    def smallest(self) -> ImageSize:
-        """Of the smallest image."""
+    def least(self) -> ImageSize:
+        """The least height and the least width."""
         return self.image_size
+
+    @property
+    def greatest(self) -> ImageSize:
+        """The greatest height and the greatest width."""
+        return self.image_size
+
+    @property
+    def files(self) -> int:
+        """How many images there are."""
+        return len(self)
 
     @property
     def class_labels(self) -> Tensor:
@@ -135,12 +147,21 @@ def load_data(cfg: DataConfig[Any], divisor: int = 1, seed: int = 0) -> Dataset:
 
 
 def _statistics(train: AnySplit) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of all images in memory, or of as many evenly chosen ones as have COUNTED_PIXELS."""
+    """Mean and deviation of all images in memory, or of as many evenly chosen ones as have COUNTED_PIXELS; of parts of
+    images that an epoch may take, several times where they are few."""
     if isinstance(train, Split):
         return channel_statistics(train.images)
-    count = max(1, min(len(train), COUNTED_PIXELS // train.image_size.pixels))
+    pixels = train.image_size.pixels
+    count = max(1, min(len(train), COUNTED_PIXELS // pixels))
     chosen = torch.linspace(0, len(train) - 1, count).long().unique()
-    return _statistics_of_chunks(images for images, _ in train.subset(chosen).batches(1))
+    rounds = 1 if train.settings.crop is None else max(1, min(MOST_ROUNDS, LEAST_PIXELS // (len(chosen) * pixels)))
+
+    def chunks() -> Iterator[Tensor]:
+        for epoch in range(NO_EPOCH, NO_EPOCH + rounds):
+            for few in chosen.split(train.settings.workers):
+                yield from (each.result()[0][None] for each in train.begin(few, epoch))
+
+    return _statistics_of_chunks(chunks())
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,12 +212,12 @@ def _subset(split: Any, classes: int, limit: int | None, name: str) -> Any:
     """`limit` images, as balanced as the split allows; a smaller subset lies within a larger one."""
     if limit is None:
         return split
-    if not 1 <= limit <= len(split):
+    if not 1 <= limit <= split.files:
         raise RevtrainError(
-            f"data.{name}_limit={limit}, but the {name} set has {len(split)} images.\n"
-            f"Give 1 to {len(split)}, or null for all."
+            f"data.{name}_limit={limit}, but the {name} set has {split.files} images.\n"
+            f"Give 1 to {split.files}, or null for all."
         )
-    shuffled = torch.randperm(len(split), generator=torch.Generator().manual_seed(SUBSET_SEED))
+    shuffled = torch.randperm(split.files, generator=torch.Generator().manual_seed(SUBSET_SEED))
     labels = split.class_labels
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
     sizes = torch.bincount(labels, minlength=classes)

@@ -402,7 +402,9 @@ def opened(path: str) -> Image.Image:
         RevtrainError: it is none, is damaged, or claims to be huge.
     """
     with reading(path):
-        return Image.open(path, formats=tuple(FORMATS))
+        image = Image.open(path, formats=tuple(FORMATS))
+        image.filename = ""  # or Pillow maps an uncompressed TIFF as if it had been turned before it was stored
+        return image
 
 
 def decoded(path: str, image: Image.Image) -> Image.Image:

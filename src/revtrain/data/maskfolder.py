@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -68,13 +69,13 @@ def load(cfg: DataConfig[Settings]) -> tuple[StreamedSplit, StreamedSplit, list[
     own = cfg.own or Settings()
     root = imagefiles.root_folder(check(cfg), LAYOUT)
     train, test = (_pairs(root / split, own) for split in ("train", "test"))
-    names, binary = _classes(cfg, own, root, train)
+    names, binary = _classes(cfg, own, root, train, test)
     split = partial(streamed.split, settings=own, resized=cfg.size, root=root, classes=len(names), binary=binary)
     return split(train, repeats=own.crops), split(test, in_windows=True), names
 
 
 def load_pairs(
-    folder: str | Path, own: StreamSettings, image_size: ImageSize | None, divisor: int, classes: int
+    folder: str | Path, own: StreamSettings, image_size: ImageSize | None, divisor: int, classes: int, binary: bool
 ) -> StreamedSplit:
     """FOLDER/test/images with FOLDER/test/masks, or FOLDER/images with FOLDER/masks where there is no such folder, for
     a network that is trained already; read as the test images of a run are.
@@ -84,6 +85,7 @@ def load_pairs(
         image_size: what it resized them to cover; None: they stay as they are.
         divisor: of the sides of whole images.
         classes: that it knows, by the same numbers.
+        binary: whatever is not 0 is of class 1, as it was in training.
 
     Raises:
         RevtrainError: missing or empty folders, an image without a mask, an image that cannot be used.
@@ -92,7 +94,6 @@ def load_pairs(
 
     root = files.place(folder, "--data")
     items = _pairs(root / "test" if files.is_folder(root / "test") else root, own, OTHER)
-    binary = getattr(own, "binary", False) or (classes == 2 and _numbers_in(items, own.workers) == {0, IGNORED})
     split = streamed.split(items, own, image_size, root, in_windows=True, classes=classes, binary=binary)
     return replace(split, divisor=divisor)
 
@@ -127,7 +128,7 @@ def _by_stem(paths: Sequence[str], folder: Path) -> dict[str, str]:
     """The files by their names in `folder`, without suffix."""
     found: dict[str, str] = {}
     for path in paths:
-        name = os.path.splitext(os.path.relpath(path, folder))[0]
+        name = unicodedata.normalize("NFC", os.path.splitext(os.path.relpath(path, folder))[0])
         if name in found:
             raise RevtrainError(
                 f"{printable(found[name])} and {printable(path)} have one name, but for the suffix; images and masks "
@@ -137,12 +138,15 @@ def _by_stem(paths: Sequence[str], folder: Path) -> dict[str, str]:
     return found
 
 
-def _classes(cfg: DataConfig[Any], own: Settings, root: Path, train: Sequence[Item]) -> tuple[list[str], bool]:
+def _classes(
+    cfg: DataConfig[Any], own: Settings, root: Path, train: Sequence[Item], test: Sequence[Item]
+) -> tuple[list[str], bool]:
     """(names of the classes, whether all but 0 is class 1), from classes.txt, `data.classes`, or the masks."""
     named = root / NAMES
     names = [line.strip() for line in named.read_text().splitlines() if line.strip()] if named.is_file() else []
     numbers = _numbers_in(train, own.workers)
-    binary = own.binary or numbers == {0, IGNORED}
+    binary = own.binary or (numbers == {0, IGNORED} and (cfg.classes or len(names) or 2) == 2)
+    numbers |= _numbers_in(test, own.workers)
     if binary and not own.binary:
         log.info("masks      of 0 and 255 alone: 255 is taken for class 1")
     count = cfg.classes or len(names) or (2 if binary else max(2, 1 + max(numbers - {IGNORED}, default=1)))
@@ -157,6 +161,12 @@ def _classes(cfg: DataConfig[Any], own: Settings, root: Path, train: Sequence[It
     if names and len(names) != count:
         raise RevtrainError(
             f"{printable(named)} names {len(names)} classes, data.classes={count}.\nLeave one of the two out."
+        )
+    beyond = max(numbers - {IGNORED}, default=0)
+    if beyond >= count and not binary:
+        raise RevtrainError(
+            f"The masks in {printable(root)} hold {beyond}; of {count} classes the last is {count - 1}.\n"
+            f"Give data.classes={beyond + 1} (or name as many in {NAMES}), or data.binary=true: all but 0 is one class."
         )
     return names or ["background", *map(str, range(1, count))], binary
 

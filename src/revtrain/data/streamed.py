@@ -28,7 +28,7 @@ from torch import Tensor
 
 from revtrain.config import IGNORED, ImageSize, StreamSettings
 from revtrain.data import imagefiles, masks, regions
-from revtrain.errors import RevtrainError
+from revtrain.errors import RevtrainError, printable
 
 Sample = tuple[Tensor, Tensor]  # an image (3, H, W) uint8 and its label, () int64 or (H, W) uint8
 Cut = Callable[[int, int, ImageSize], np.ndarray]  # top, left, size -> values (..., H, W)
@@ -82,6 +82,19 @@ class StreamedSplit:
     def __len__(self) -> int:
         return len(self.items) * self.repeats
 
+    @cached_property
+    def _files(self) -> list[list[int]]:
+        """The items of each file: one, or its windows."""
+        found: dict[str, list[int]] = {}
+        for index, item in enumerate(self.items):
+            found.setdefault(item.path, []).append(index)
+        return list(found.values())
+
+    @property
+    def files(self) -> int:
+        """How many image files there are."""
+        return len(self._files)
+
     @property
     def _one_size(self) -> ImageSize | None:
         """Of all images, where the configuration gives it."""
@@ -102,20 +115,25 @@ class StreamedSplit:
         return self._one_size or max(self._whole, key=lambda size: size.pixels)
 
     @property
-    def smallest(self) -> ImageSize:
+    def least(self) -> ImageSize:
         """The least height and the least width."""
         return self._one_size or ImageSize(*map(min, zip(*self._whole, strict=True)))
 
     @property
+    def greatest(self) -> ImageSize:
+        """The greatest height and the greatest width, perhaps of two images."""
+        return self._one_size or ImageSize(*map(max, zip(*self._whole, strict=True)))
+
+    @property
     def class_labels(self) -> Tensor:
-        """(N,) int64: the classes of the images, all 0 where pixels have classes instead."""
-        return torch.tensor([item.label for item in self.items for _ in range(self.repeats)])
+        """(files,) int64: the classes of the images, all 0 where pixels have classes instead."""
+        return torch.tensor([self.items[indices[0]].label for indices in self._files])
 
     def subset(self, chosen: Tensor) -> StreamedSplit:
-        """Of the images `chosen` (n,), each of which is one again."""
-        files = (chosen // self.repeats).tolist()
-        sizes = None if self.sizes is None else [self.sizes[index] for index in files]
-        return replace(self, items=[self.items[index] for index in files], sizes=sizes, repeats=1)
+        """Of the files `chosen` (n,), with all of their parts."""
+        indices = [index for file in chosen.tolist() for index in self._files[file]]
+        sizes = None if self.sizes is None else [self.sizes[index] for index in indices]
+        return replace(self, items=[self.items[index] for index in indices], sizes=sizes)
 
     # ---- batches -----------------------------------------------------------------------------------------
 
@@ -164,18 +182,23 @@ class StreamedSplit:
     def _sample(self, index: int, epoch: int | None) -> Sample:
         item = self.items[index // self.repeats]
         draw = None if epoch is None else np.random.default_rng([self.seed, epoch, index])
-        if self.resized is None:
-            whole = self.sizes[index // self.repeats] if self.sizes else regions.size_of(item.path, self.settings.level)
-            cut: Cut = partial(regions.region, item.path, level=self.settings.level)
-        else:
-            whole, cut = self.resized, partial(_cut_out, _resized(item.path, self.resized, self.settings.level))
+        level = self.settings.level
+        own = regions.size_of(item.path, level)
+        if self.sizes is not None and own != self.sizes[index // self.repeats]:
+            raise _changed(item.path)
+        whole = self.resized or own
+        cut: Cut = partial(regions.region, item.path, level=level)
+        if self.resized is not None:
+            cut = partial(_cut_out, _resized(item.path, own, self.resized, level))
         wanted = self.settings.crop_size or self.resized or whole.covering(self.divisor)
         inside = ImageSize(*map(min, zip(whole, wanted, strict=True)))
         place = _place(whole, inside, item.window, draw)
+        if any(first + side > most for first, side, most in zip(place, inside, whole, strict=True)):
+            raise _changed(item.path)
         image = torch.from_numpy(_mirrored(cut(*place, inside), wanted))
         if item.mask is None:
             return image, torch.tensor(item.label)
-        values = masks.read(item.mask, whole, self.resized is not None, self.classes, self.binary)
+        values = masks.read(item.mask, own, self.resized, self.classes, self.binary)
         labels = _filled(_cut_out(values, *place, inside), wanted)
         if item.window is not None:
             labels[: item.window.seen_rows] = IGNORED
@@ -224,12 +247,19 @@ def _place(
     return int(draw.integers(top + 1)), int(draw.integers(left + 1))
 
 
-def _resized(path: str, size: ImageSize, level: int) -> np.ndarray:
+def _changed(path: str) -> RevtrainError:
+    return RevtrainError(
+        f"{printable(path)} has another size than it had when the run began.\n"
+        "Leave images alone while a network trains on them; put it back, or begin anew."
+    )
+
+
+def _resized(path: str, whole: ImageSize, size: ImageSize, level: int) -> np.ndarray:
     """A whole image (3, H, W) that was let cover `size`, its centre."""
     if not regions.is_slide(path):
         return imagefiles.pixels(path, size, resize=True)
-    whole = regions.region(path, 0, 0, regions.size_of(path, level), level)
-    fitted = ImageOps.fit(Image.fromarray(whole.transpose(1, 2, 0)), (size.width, size.height), imagefiles.SMOOTH)
+    pixels = regions.region(path, 0, 0, whole, level)
+    fitted = ImageOps.fit(Image.fromarray(pixels.transpose(1, 2, 0)), (size.width, size.height), imagefiles.SMOOTH)
     return np.asarray(fitted).transpose(2, 0, 1)
 
 

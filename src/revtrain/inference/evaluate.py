@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from revtrain import objective
+from revtrain.config import IGNORED
 from revtrain.data import AnySplit
 from revtrain.errors import RevtrainError
 from revtrain.inference.restore import Trained, own_data
@@ -158,7 +159,13 @@ def evaluate(trained: Trained, data: str | None = None, batch: int | None = None
             found = torch.bincount(labels * count + logits.argmax(1), minlength=count * count).view(count, count)
         loss += own_loss
         confusion += found
-    return Evaluation(source, trained.classes, confusion, loss / len(split), len(split), trained.is_dense)
+    judged = int(confusion.sum())
+    if not judged:
+        raise RevtrainError(
+            f"No pixel of {source} has a class: all masks hold {IGNORED}, which counts for nothing.\n"
+            "If they tell something from its background, the network must be trained with data.binary=true."
+        )
+    return Evaluation(source, trained.classes, confusion, loss / judged, split.files, trained.is_dense)
 
 
 def _images(trained: Trained, data: str | None) -> tuple[AnySplit, list[str], str]:
@@ -182,7 +189,8 @@ def _other_images(trained: Trained, folder: str) -> tuple[AnySplit, list[str]]:
         from revtrain.data import maskfolder
 
         own = trained.streaming or maskfolder.Settings()
-        split = maskfolder.load_pairs(folder, own, trained.resized, trained.divisor, len(trained.classes))
+        classes = len(trained.classes)
+        split = maskfolder.load_pairs(folder, own, trained.resized, trained.divisor, classes, trained.binary)
         return split, list(trained.classes)  # masks know numbers alone
     from revtrain.data.imagefolder import load_labelled
 

@@ -36,6 +36,7 @@ class Trained:
     mean: Tensor
     std: Tensor
     device: torch.device
+    binary: bool = False  # of the masks it was trained on: whatever is not 0 is of class 1
 
     @property
     def is_dense(self) -> bool:
@@ -70,8 +71,9 @@ class Trained:
         return self._on_device(images).argmax(1).to(torch.uint8).cpu()
 
     def loss_and_confusion(self, images: Tensor, labels: Tensor) -> tuple[float, Tensor]:
-        """The summed losses of images (B, 3, H, W) uint8, whose pixels have the classes `labels` (B, H, W); how many
-        pixels of class i were taken for class j, (classes, classes) int64 on the CPU. No logits of full size are made.
+        """The summed losses of all pixels of images (B, 3, H, W) uint8, which have the classes `labels` (B, H, W); how
+        many pixels of class i were taken for class j, (classes, classes) int64 on the CPU. No logits of full size are
+        made.
         """
         with torch.no_grad(), self._autocast():
             found = loss_sum_and_hits(self.model, self._normalised(images), labels.to(self.device), len(images))
@@ -127,7 +129,8 @@ def restore(path: str | Path, device: str = "cpu", averaged: bool = False) -> Tr
         ) from error
     devices.check_precision(chosen, config.network.precision)
     devices.place(model.eval().requires_grad_(False), chosen)
-    return Trained(path, config, state["epoch"], model, names, size, mean, std, chosen)
+    binary = bool(state["data"].get("binary", False))
+    return Trained(path, config, state["epoch"], model, names, size, mean, std, chosen, binary)
 
 
 def _meaning(data: DataMeaning, count: int) -> tuple[tuple[str, ...], ImageSize, Tensor, Tensor]:

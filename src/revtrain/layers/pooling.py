@@ -258,7 +258,7 @@ class BatchPooling(_PermutingPool):
 
 def _contiguous_parts(x: Tensor) -> Iterable[Tensor]:
     """x, or its samples where these do not lie side by side, as in some of the channels of a state."""
-    return [x] if x.is_contiguous() else x.split(1)
+    return [x] if x.is_contiguous() else rounds([x.narrow(0, index, 1) for index in range(len(x))])
 
 
 def pixel_unshuffle(x: Tensor) -> Tensor:

@@ -85,14 +85,17 @@ def start_at_zero(model: nn.Module) -> None:
 
 
 class ReversibleNet(nn.Module):
-    """Stem and one invertible trunk that ends in the head: all from the stem's output on is rebuilt."""
+    """Stem and one invertible trunk that ends in the head: all from the stem's output on is rebuilt.
+
+    `model(images)` are the logits; with a head for pixels `model(images, labels)` is the loss of each image.
+    """
 
     def __init__(self, stem: nn.Module, trunk: InvertibleChain):
         super().__init__()
         self.stem, self.trunk = stem, trunk
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.trunk(self.stem(images))
+    def forward(self, images: Tensor, *labels: Tensor) -> Tensor:
+        return self.trunk(self.stem(images), *labels)
 
 
 @former_names(stream="state_format")

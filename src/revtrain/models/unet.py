@@ -58,10 +58,9 @@ from revtrain.memory.formulas import (
 from revtrain.models import Images, Traits, advise_on_couplings, spread_depth
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from revtrain.core.layer import InvertibleLayer
     from revtrain.layers import PreNorm
+    from revtrain.models.common import ReversibleNet
 
 TRAITS = Traits(task="segment")
 
@@ -82,23 +81,33 @@ def residual(channels: int, slope: float) -> PreNorm:
     return PreNorm(channels, nn.Sequential(nn.LeakyReLU(slope), first, nn.LeakyReLU(slope, inplace=True), second))
 
 
-def build(network: Network[Settings], images: Images) -> nn.Module:
+def build(network: Network[Settings], images: Images) -> ReversibleNet:
     """`depth` reversible blocks on `len(pooling) + 1` levels; see the module's legend.
 
     Returns:
         A module: `model(images)` are the logits (B, classes, H, W), `model(images, labels)` the mean cross-entropy over
         the pixels of each image, (B,); labels (B, H, W) of any type of whole numbers, 255 for pixels that do not count.
 
-    Raises `RevtrainError` for an odd width, a slope outside (0, 1], poolings other than into channels, or an image size
-    that these cannot divide.
+    Raises `RevtrainError` for an odd width, poolings other than into channels, or image sizes that these cannot halve.
     """
-    from torch import nn
-
     from revtrain.core.chain import InvertibleChain
-    from revtrain.layers import AdditiveCoupling, ChannelPooling, ChannelUnpooling, DenseHead, PartialChain, Stem
-    from revtrain.models.common import state_format
+    from revtrain.layers import (
+        AdditiveCoupling,
+        ChannelPooling,
+        ChannelUnpooling,
+        DenseHead,
+        PartialChain,
+        Stem,
+        check_pooling,
+    )
+    from revtrain.models.common import ReversibleNet, state_format
 
-    _check(network, images)
+    if any(kind != "channel" for kind in network.pooling):
+        raise RevtrainError(
+            f"pooling={list(network.pooling)} does not fit arch=unet, whose way up undoes what its way down has done.\n"
+            "Expected only channel entries, one for each level below the first, e.g. pooling=[channel,channel]."
+        )
+    check_pooling(network.pooling, images.size)
     places, numbers = blocks_of_places(network), state_format(network)
 
     def blocks(channels: int, count: int) -> list[InvertibleLayer]:
@@ -122,40 +131,14 @@ def build(network: Network[Settings], images: Images) -> nn.Module:
         below = [ChannelPooling(), *level(index + 1), ChannelUnpooling()]
         return [*down, PartialChain(channels, below, numbers), *blocks(channels, places[-1 - index])]
 
-    class UNet(nn.Module):
-        def __init__(self, stem: nn.Module, trunk: InvertibleChain):
-            super().__init__()
-            self.stem, self.trunk = stem, trunk
-
-        def forward(self, images: Tensor, *labels: Tensor) -> Tensor:
-            return self.trunk(self.stem(images), *labels)
-
     head = DenseHead(network.width, images.classes, network.slope)
     trunk = InvertibleChain(level(0), backward=network.backward, state_format=numbers, head=head)
-    return UNet(Stem(3, network.width, 3, padding=1, bias=False), trunk)
+    return ReversibleNet(Stem(3, network.width, 3, padding=1, bias=False), trunk)
 
 
 def blocks_of_places(network: Network[Settings]) -> list[int]:
     """How many blocks each place has: the ways down, the lowest level, the ways up."""
     return spread_depth(network.depth, 2 * len(network.pooling) + 1)
-
-
-def _check(network: Network[Settings], images: Images) -> None:
-    from revtrain.layers import check_pooling
-
-    if network.width < 2 or network.width % 2:
-        raise RevtrainError(
-            f"width={network.width} cannot be split into two equal halves.\n"
-            f"Expected an even number of channels, e.g. width={max(2, network.width + network.width % 2)}."
-        )
-    if not 0 < network.slope <= 1:
-        raise RevtrainError(f"slope={network.slope} is no slope of arch=unet.\nExpected 0 < slope <= 1.")
-    if any(kind != "channel" for kind in network.pooling):
-        raise RevtrainError(
-            f"pooling={list(network.pooling)} does not fit arch=unet, whose way up undoes what its way down has done.\n"
-            "Expected only channel entries, one for each level below the first, e.g. pooling=[channel,channel]."
-        )
-    check_pooling(network.pooling, images.size)
 
 
 def memory(network: Network[Settings], images: Images) -> list[Module]:

@@ -499,11 +499,14 @@ def _without_data(data: DataConfig[Any]) -> tuple[int, ImageSize, int | None, li
     facts = source.facts(data) if hasattr(source, "facts") else Facts()
     classes, size = data.classes or facts.classes or 10, ImageSize.of(facts.image_size or data.image_size or 32)
     assumed = []
-    if not ((data.classes or facts.classes) and (facts.image_size or data.image_size)):
-        assumed.append(
-            f"{classes} classes and images of {size}: data.root was not looked at. "
-            "Give data.classes and data.image_size."
-        )
+    unknown = {
+        f"{classes} classes": ("data.classes", data.classes or facts.classes),
+        f"images of {size}": ("data.image_size", facts.image_size or data.image_size),
+    }
+    guessed = {what: key for what, (key, known) in unknown.items() if not known}
+    if guessed:
+        keys = " and ".join(guessed.values())
+        assumed.append(f"{' and '.join(guessed)}: data.root was not looked at. Give {keys}.")
     images = facts.training_images
     if data.train_limit is not None:
         images = min(data.train_limit, images or data.train_limit)

@@ -22,7 +22,7 @@ from typing import Any, Protocol, get_args, get_origin, get_type_hints, is_typed
 import torch
 from torch import nn
 
-from revtrain.config import flatten, word
+from revtrain.config import all_keys, flatten, word
 from revtrain.errors import RevtrainError
 from revtrain.machine import torchrun as launch
 from revtrain.machine.files import write_atomic
@@ -60,7 +60,7 @@ NETWORK_KEYS = ("arch", "depth", "width", "pooling")
 # another value here leaves every number of the run the same
 FREE_KEYS = (
     *("resume", "experiment", "memory_limit", "graph", "plan", "target_accuracy"),
-    *("data.root", "data.url", "data.cache"),
+    *("data.root", "data.url", "data.cache", "data.workers"),
 )
 # of an optimizer's groups: how it works rather than what it has come to
 OWN_WAY = ("fused", "foreach", "capturable", "differentiable")
@@ -233,7 +233,8 @@ def check_compatible(
     before["data classes"], now["data classes"] = state["classes"], classes
     if images is not None and state.get("images") is not None:
         before["training images"], now["training images"] = state["images"], images
-    differing = [key for key in now if key not in FREE_KEYS and before.get(key) != now[key]]
+    usual = {name: key.default for name, key in all_keys().items()}  # of keys that are younger than the checkpoint
+    differing = [key for key in now if key not in FREE_KEYS and before.get(key, usual.get(key)) != now[key]]
     foreign = [key for key in (*NETWORK_KEYS, "data classes") if key in differing]
     if foreign:
         raise RevtrainError(

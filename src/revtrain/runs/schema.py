@@ -162,6 +162,7 @@ class DataMeaning(TypedDict):
     image_size: int | list[int]  # side in pixels, or [height, width]
     mean: list[float]  # a channel, 0..1
     std: list[float]
+    binary: bool  # of masks: whatever is not 0 is of class 1; left out by runs of before
 
 
 class Checkpoint(TypedDict):

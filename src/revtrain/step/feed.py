@@ -13,6 +13,7 @@ from torch import Tensor
 
 from revtrain.data import AnySplit, Split, StreamedSplit
 from revtrain.data.streamed import Sample, give_up, stacked
+from revtrain.errors import ImageError, RevtrainError
 
 
 class Feed(Protocol):
@@ -164,8 +165,12 @@ class FromDisk:
         ahead = self._next
         if ahead is None or ahead[1] != epoch or not torch.equal(ahead[0], picked):
             ahead = self._began(picked, epoch)
+        self._next = ahead  # until all is there: who stops before that closes it
+        try:
+            samples = [each.result() for each in ahead[2]]
+        except RevtrainError as error:
+            raise ImageError(str(error)) from error
         self._next = None
-        samples = [each.result() for each in ahead[2]]
         if not self.split.is_uniform:
             self._batch = samples
             return

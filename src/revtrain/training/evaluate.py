@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from revtrain.data import AnySplit
 from revtrain.machine import device as devices
 from revtrain.machine.processes import ALONE, Processes
-from revtrain.objective import loss_sum_and_hits, no_hits
+from revtrain.objective import judged, loss_sum_and_hits, no_hits
 
 MOST_AT_ONCE = 8  # more are no faster
 
@@ -49,7 +49,8 @@ def evaluate(
         hits += right
         after_batch()
     loss = sum(torch.stack(losses).tolist()) if losses else 0.0
-    return processes.add_up({"loss": loss})["loss"] / len(split), processes.sum(hits)
+    hits = processes.sum(hits)
+    return processes.add_up({"loss": loss})["loss"] / judged(hits, len(split)), hits
 
 
 class MirrorAveraged(nn.Module):

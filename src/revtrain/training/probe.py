@@ -34,7 +34,8 @@ class Probe:
 
     def __init__(self, probe: ProbeConfig, training_set: AnySplit):
         shuffled = torch.randperm(len(training_set), generator=torch.Generator().manual_seed(BATCH_SEED))
-        self.images, self.labels = training_set.read(shuffled[: probe.batch])  # uint8, on the CPU
+        chosen = shuffled[: probe.batch] if probe.every else shuffled[:1]
+        self.images, self.labels = training_set.read(chosen)  # uint8, on the CPU
         self.every, self.gradients = probe.every, probe.gradients
         self.missing: set[str] = set()  # parameters whose gradient does not arrive; said once
 

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from revtrain import data, models
 from revtrain.config import Config, ProbeConfig, check_micro_batches, flat, read
-from revtrain.data import Dataset, Split
+from revtrain.data import Dataset, Split, StreamedSplit
+from revtrain.errors import ImageError
 from revtrain.machine import device as devices
 from revtrain.machine import sigterm
 from revtrain.machine.processes import Processes
@@ -143,14 +144,15 @@ class Session:
         with processes.first_of_machine_first():
             dataset = data.load_data(self.config.data, models.divisor(self.config.network), machine.seed)
         images, available = Images(len(dataset.classes), dataset.image_size), len(dataset.train)
+        if not dataset.train.is_uniform and self.config.training.batch == "auto":  # one for each micro-batch
+            self.take_batch(self.config.training.accumulate * processes.size)
         batch = self.settle_batch(images, available, resumed, device)
         planning.cap_memory(machine.memory_limit, device)
         if resumed is not None:
             self.check_resumed(resumed, images, available)
         errors.check_sizes(dataset.train, processes.share(batch), self.config.training.accumulate)
-        upto = "" if dataset.train.is_uniform else "up to "
-        log.info("data       %s: %d + %d images, %s%s, %d classes", self.config.data.name, available,
-                 len(dataset.test), upto, images.size, images.classes)  # fmt: skip
+        log.info("data       %s: %s, %s%s, %d classes", self.config.data.name, _numbers(dataset),
+                 "" if dataset.train.is_uniform else "up to ", images.size, images.classes)  # fmt: skip
         try:
             with sigterm.deferred():
                 run = Run(self, batch, dataset, device)
@@ -392,7 +394,11 @@ class Run:
         """One step of the optimizer."""
         picked, following = (progress.order[each * self.batch : (each + 1) * self.batch] for each in (step, step + 1))
         rate = self.rate((self.epoch - 1) * self.steps + step)
-        loss, hits = self.trainer(picked, rate, following if step + 1 < self.steps else None)
+        try:
+            loss, hits = self.trainer(picked, rate, following if step + 1 < self.steps else None)
+        except ImageError:
+            self.keep(progress)
+            raise
         progress.losses[step] = loss
         progress.correct += hits
 
@@ -415,6 +421,13 @@ class Run:
         """Raise where integer states have left their range in the first epoch."""
         values = self.batch * self.dataset.image_size.pixels * self.config.network.width
         self.overflows.stop_if_lost(self.epoch, progress.step, values)
+
+    def keep(self, progress: Progress) -> None:
+        """Save the steps of the epoch under way: a file may be repaired, and the run go on."""
+        if progress.step and self.processes.size == 1:  # others may be elsewhere in theirs
+            devices.synchronize(self.device)
+            self.check(progress)
+            self.save(self.epoch - 1)
 
     def stop_if_asked(self) -> None:
         """After SIGTERM and its like, save the epoch under way and end; no step is lost.
@@ -533,6 +546,7 @@ class Run:
                     "image_size": dataset.image_size.plain,
                     "mean": dataset.mean.tolist(),
                     "std": dataset.std.tolist(),
+                    "binary": isinstance(dataset.train, StreamedSplit) and dataset.train.binary,
                 },
                 "images": len(dataset.train),
                 "processes": self.processes.size,
@@ -543,6 +557,14 @@ class Run:
                 **checkpoint.capture(*self.trained),
             },
         )
+
+
+def _numbers(dataset: Dataset) -> str:
+    """How many images there are, and how many parts of them."""
+    train, test = dataset.train, dataset.test
+    if (train.files, test.files) == (len(train), len(test)):
+        return f"{len(train)} + {len(test)} images"
+    return f"{len(train)} parts of {train.files} images + {len(test)} of {test.files}"
 
 
 def _go_on() -> None:

@@ -60,7 +60,8 @@ class Step(Work):
         average = None if (decay := config.training.ema_decay) is None else WeightAverage(model, decay)
         classes = len(dataset.classes)
         super().__init__(model, config, optimizer, share, classes, feed, mean, std, device, processes, average)
-        self.batch, self.image_size = batch, dataset.train.smallest
+        self.batch, self.image_size = batch, dataset.train.greatest
+        data.check_pad(config.data.augment, dataset.train.least)
         self.generator = torch.Generator().manual_seed(config.machine.seed)  # of order and augmentation
         self.epoch = 1  # under way, for flips that alternate; who trains sets it
         augmentation = config.data.augment
@@ -93,8 +94,8 @@ class Step(Work):
             device, and are overwritten by the next step.
         """
         own = self.processes.own(self.batch)
+        self.feed.load(picked[own], self.epoch)  # what cannot be read stops here, before anything is drawn
         self._choose(picked[own])
-        self.feed.load(picked[own], self.epoch)
         self._set_rate(rate)
         if self.average is not None:
             self.average.advance()

@@ -125,7 +125,6 @@ def _looked_at(trained: Trained, path: str, batch: int, wanted: bool) -> tuple[n
     split = StreamedSplit(
         [Item(path, window=window) for window in places],
         replace(settings, crop=list(size)),  # a whole image is one window, which may reach beyond it
-        sizes=[whole] * len(places),
         resized=None if resized is None else whole,
     )
     inside = ImageSize(*map(min, zip(whole, size, strict=True)))

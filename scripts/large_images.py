@@ -33,7 +33,8 @@ from revtrain.planning.predict import StepPredictor
 
 MIB = 2**20
 SETTINGS = ("arch=chunked width=32", "arch=chunked width=32 precision=bf16", "arch=chunked width=16 precision=bf16",
-            "arch=layerwise width=32", "arch=hybrid width=32")  # fmt: skip
+            "arch=layerwise width=32", "arch=hybrid width=32", "task=segment width=16",
+            "task=segment width=16 precision=bf16")  # fmt: skip
 TILE, WHOLE = 2, 10**6  # MiB of a piece: what chunk_mib=auto is on a CPU; the image is not cut
 WARM_UP_SIDE = 256  # pixels: what libraries load is loaded then
 

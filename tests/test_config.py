@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 import revtrain.conf
 from revtrain.conf import _given, compose, slug
-from revtrain.config import all_keys, expected, flat, flatten, own_keys, read, schema, sections
+from revtrain.config import all_keys, expected, flat, flatten, own_keys, read, registry, schema, sections
 from revtrain.config.help import keys_help
 from revtrain.data import datasets
 from revtrain.data.synthetic import facts
@@ -37,7 +37,8 @@ YAMLS = [
 
 @pytest.mark.parametrize(("group", "name"), YAMLS)
 def test_every_yaml_composes_and_is_valid(group, name):
-    dense = name in (*for_task("segment"), "maskfolder", "synthetic_masks")
+    package = {"arch": "models", "data": "data"}.get(group)
+    dense = package is not None and "segment" in registry.tasks(package, VARIANTS.get(name, name))
     cfg = compose([f"{group}={name}", "data.root=.", *(["task=segment"] if dense else [])])
     read(cfg)
     if group not in ("recipe", "scale"):

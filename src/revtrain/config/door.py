@@ -265,7 +265,7 @@ def _check_together(config: Config) -> None:
 def _check_task(config: Config) -> None:
     task, training = config.network.task, config.training
     for group, package, name in (("arch", "models", config.network.arch), ("data", "data", config.data.name)):
-        tasks = {each: _tasks(package, each) for each in registry.names(package)}
+        tasks = {each: registry.tasks(package, each) for each in registry.names(package)}
         if task not in tasks[name]:
             others = ", ".join(f"{group}={each}" for each, its in tasks.items() if task in its)
             raise RevtrainError(
@@ -278,12 +278,6 @@ def _check_task(config: Config) -> None:
                 raise RevtrainError(
                     f"{name}={value} was given with task=segment; it is for the classes of images.\nLeave {name} out."
                 )
-
-
-def _tasks(package: str, name: str) -> tuple[str, ...]:
-    """What an architecture is for, or the labels of a data set."""
-    module = registry.load(package, name)
-    return (module.TRAITS.task,) if package == "models" else getattr(module, "TASKS", ("classify",))
 
 
 def check_micro_batches(batch: int | str, accumulate: int, processes: int = 1) -> None:

@@ -53,6 +53,12 @@ def settings(package: str, name: str) -> type | None:
     return getattr(load(package, name), "Settings", None)
 
 
+def tasks(package: str, name: str) -> tuple[str, ...]:
+    """What an architecture is for, or the labels of a data set: of `revtrain.config.schema.TASKS`."""
+    module = load(package, name)
+    return (module.TRAITS.task,) if package == "models" else getattr(module, "TASKS", ("classify",))
+
+
 def preset(group: str, name: str) -> dict[str, Any]:
     """What `conf/GROUP/NAME.yaml` sets, and the yamls that it builds on; {} where there is no such file.
 

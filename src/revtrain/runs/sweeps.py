@@ -46,7 +46,7 @@ from revtrain.runs.writer import new_result, write_result
 log = logging.getLogger(__name__)
 
 # no figure of a run depends on them; nor on data.root, where a data set says so (SAME_IMAGES_ANYWHERE)
-NEUTRAL = ("experiment", "device", "data.url", "data.cache")
+NEUTRAL = ("experiment", "device", "data.url", "data.cache", "data.workers")
 GPUS, LEDGER = ".gpus", ".jobs"  # in the sweep's folder
 PATIENCE_SECONDS = 10  # what a killed process may need to be gone
 POLL_SECONDS = 1.0

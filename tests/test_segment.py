@@ -35,7 +35,7 @@ SMALL = (
 )  # fmt: skip
 IN_FOLDERS = (
     "task=segment", "data=maskfolder", "width=4", "depth=3", "pooling=[channel]", "batch=2", "epochs=2", "lr=0.05",
-    "probe.batch=2", "device=cpu",
+    "probe.every=0", "device=cpu",
 )  # fmt: skip
 OFF = AugmentConfig(pad=0, flip=False, cutout=0)
 

@@ -48,7 +48,16 @@ def folder_of(root: Path, sizes=SIZES, train: int = 8, test: int = 4) -> Path:
 
 
 def config(root: Path, *words: str):
-    small = ("arch=chunked", "width=4", "depth=2", "pooling=[channel]", "batch=4", "epochs=2", "lr=0.01")
+    small = (
+        "arch=chunked",
+        "width=4",
+        "depth=2",
+        "pooling=[channel]",
+        "batch=4",
+        "epochs=2",
+        "lr=0.01",
+        "probe.every=0",
+    )
     return compose_as_is(["data=imagefolder", f"data.root={root}", "data.augment.cutout=0", *small, *words])
 
 

@@ -370,12 +370,9 @@ def test_out_of_memory_says_which_batch_would_fit(tmp_path, monkeypatch):
     def linear(cfg, classes, size, batch):  # 100 MiB of weights and 1 MiB an image
         return SimpleNamespace(peak_bytes=(100 + batch) * devices.MIB)
 
-    large = SimpleNamespace(
-        train=SimpleNamespace(labels=[0] * 4096),
-        test=SimpleNamespace(labels=[0]),
-        classes=range(10),
-        image_size=32,
-    )
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8).expand(4096, -1, -1, -1)
+    split = revtrain.data.Split(images, torch.zeros(4096, dtype=torch.int64))
+    large = revtrain.data.Dataset(split, split, tuple("0123456789"), torch.zeros(3), torch.ones(3))
     monkeypatch.setattr(revtrain.data, "load_data", lambda *args: large)
     monkeypatch.setattr(train, "Run", no_memory)
     monkeypatch.setattr(revtrain.planning.predict, "predict_step_memory", linear)

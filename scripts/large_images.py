@@ -35,7 +35,7 @@ MIB = 2**20
 SETTINGS = ("arch=chunked width=32", "arch=chunked width=32 precision=bf16", "arch=chunked width=16 precision=bf16",
             "arch=layerwise width=32", "arch=hybrid width=32", "task=segment width=16",
             "task=segment width=16 precision=bf16")  # fmt: skip
-TILE, WHOLE = 2, 10**6  # MiB of a piece: what chunk_mib=auto is on a CPU; the image is not cut
+TILES, WHOLE = (2, 8), 10**6  # MiB of a piece: what chunk_mib=auto is on a CPU, and more; the image is not cut
 WARM_UP_SIDE = 256  # pixels: what libraries load is loaded then
 
 
@@ -67,15 +67,19 @@ def step(model: torch.nn.Module, side: int) -> float:
     return time.process_time() - start
 
 
-def time_row(words: str, side: int, repeats: int) -> list[str]:
+def time_rows(words: str, side: int, repeats: int) -> list[list[str]]:
     model = build_model(compose(words.split()), 10, side).train()
-    seconds: dict[int, list[float]] = {TILE: [], WHOLE: []}
+    seconds: dict[int, list[float]] = {chunk_mib: [] for chunk_mib in (*TILES, WHOLE)}
     for _ in range(repeats):
         for chunk_mib, found in seconds.items():
             set_chunk_mib(model, chunk_mib)
             found.append(step(model, side))
-    tiled, whole = (min(each) for each in seconds.values())
-    return [words, str(side), f"{tiled:.1f}", f"{whole:.1f}", f"{tiled / whole:.2f}"]
+    least = {chunk_mib: min(found) for chunk_mib, found in seconds.items()}
+    return [
+        [f"{words} chunk_mib={each}", str(side), f"{least[each]:.1f}", f"{least[WHOLE]:.1f}",
+         f"{least[each] / least[WHOLE]:.2f}"]
+        for each in TILES
+    ]  # fmt: skip
 
 
 def measure(words: str, side: int) -> None:
@@ -135,7 +139,8 @@ def main(argv: list[str] | None = None) -> None:
     header = ["settings", "side, pixels", "bytes/px", "slope, bytes/px", "scratch, MiB", "in all, MiB"]
     write(args.out, "large_images.csv", header, memory_rows(args.settings, sorted(args.sizes)) if args.sizes else [])
     header = ["settings", "side, pixels", "in tiles, s", "whole, s", "tiled / whole"]
-    write(args.out, "large_images_times.csv", header, [time_row(args.real, each, args.repeats) for each in args.times])
+    rows = [row for side in args.times for row in time_rows(args.real, side, args.repeats)]
+    write(args.out, "large_images_times.csv", header, rows)
     header = ["settings", "side, pixels", "planned, MiB", "process, MiB"]
     write(args.out, "large_images_measured.csv", header, [measured_row(args.real, each) for each in args.measure])
 

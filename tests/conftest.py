@@ -7,6 +7,7 @@ import os
 # Tiny tensors gain nothing from threads and lose much where several processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import itertools
 import json
 import logging
 import signal
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+import revtrain.data
 from revtrain.kernels.cpu_kernels.build import library
 
 # A shell starts its background jobs with SIGINT ignored, and so perhaps this process: tests of Ctrl-C need it back.
@@ -61,6 +63,18 @@ def pytest_sessionstart() -> None:
 def read_result(run_dir: Path) -> dict[str, Any]:
     """result.json, refused unless it is strict JSON."""
     return json.loads((run_dir / "result.json").read_text(), parse_constant=_refuse)
+
+
+def at_call(monkeypatch, name, number, action):
+    """Do something at the given call of a function of `revtrain.data`; a step draws its augmentation once."""
+    function, calls = getattr(revtrain.data, name), itertools.count(1)
+
+    def wrapped(*args):
+        if next(calls) == number:
+            action()
+        return function(*args)
+
+    monkeypatch.setattr(revtrain.data, name, wrapped)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

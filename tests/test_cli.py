@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, read_checkpoint, read_metrics, read_result
+from conftest import TINY, at_call, read_checkpoint, read_metrics, read_result
 from PIL import Image
 
 import revtrain
@@ -248,15 +248,7 @@ def test_a_bug_goes_to_train_log_and_result_with_one_line_on_the_terminal(comman
 
 
 def test_ctrl_c_exits_with_130_and_says_how_to_continue(command, monkeypatch):
-    draw, calls = revtrain.data.draw_augmentation, []
-
-    def draw_then_interrupt(*args):
-        calls.append(1)
-        if len(calls) == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-        return draw(*args)
-
-    monkeypatch.setattr(revtrain.data, "draw_augmentation", draw_then_interrupt)
+    at_call(monkeypatch, "draw_augmentation", 5, lambda: os.kill(os.getpid(), signal.SIGINT))
     ran = command(*TINY)
     assert ran.code == 130
     assert ran.result["status"] == "interrupted" and read_checkpoint(ran.dir)["epoch"] == 1

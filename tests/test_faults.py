@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_same_state, read_checkpoint, read_metrics, read_result
+from conftest import TINY, assert_same_state, at_call, read_checkpoint, read_metrics, read_result
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -77,18 +77,6 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     run(folder)
     return folder
-
-
-def at_call(monkeypatch, name, number, action):
-    """Do something at the given call of a function of `revtrain.data`; a step draws its augmentation once."""
-    function, calls = getattr(revtrain.data, name), itertools.count(1)
-
-    def wrapped(*args):
-        if next(calls) == number:
-            action()
-        return function(*args)
-
-    monkeypatch.setattr(revtrain.data, name, wrapped)
 
 
 # ---- SIGKILL ---------------------------------------------------------------------------------------------

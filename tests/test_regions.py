@@ -102,9 +102,9 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("kind", TIFFS)
-def test_parts_of_a_tiff(tmp_path, huge, kind):
-    path = TIFFS[kind](tmp_path / "a.tif")
+@pytest.mark.parametrize("kind", [*TIFFS, *OTHERS])
+def test_parts_of_a_file(tmp_path, huge, kind):
+    path = {**TIFFS, **OTHERS}[kind](tmp_path / ("a.tif" if kind in TIFFS else "a.img"))
     expected = upright(path)
     check_parts(path, expected)
     huge()
@@ -115,15 +115,6 @@ def test_parts_of_a_tiff(tmp_path, huge, kind):
 def test_parts_of_a_tiff_without_pyvips(tmp_path, no_pyvips, kind):
     path = TIFFS[kind](tmp_path / "a.tif")
     check_parts(path, upright(path))
-
-
-@pytest.mark.parametrize("kind", OTHERS)
-def test_parts_of_other_formats(tmp_path, huge, kind):
-    path = OTHERS[kind](tmp_path / "a.img")
-    expected = upright(path)
-    check_parts(path, expected)
-    huge()
-    check_parts(path, expected)
 
 
 @pytest.mark.parametrize("form", ["BMP", "GIF", "PPM", "WEBP"])

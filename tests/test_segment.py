@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import read_checkpoint, read_metrics, read_result
+from conftest import at_call, read_checkpoint, read_metrics, read_result
 from PIL import Image
 
-import revtrain.data
 from revtrain.conf import compose as compose_as_is
 from revtrain.config import IGNORED, AugmentConfig, DataConfig, read
 from revtrain.data import augment, augment_masks, draw_augmentation, load_data, normalise
@@ -369,16 +368,8 @@ def test_rebuilding_trains_as_storing_does(tmp_path):
 def test_a_run_on_folders_resumes_within_an_epoch_to_the_same_bits(tmp_path, monkeypatch, words):
     base = (*IN_FOLDERS, f"data.root={pairs(tmp_path / 'data')}")
     run(tmp_path / "whole", *words, base=base)
-    draw, calls = revtrain.data.draw_augmentation, []
-
-    def stop(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return draw(*args)
-
     with monkeypatch.context() as patch, pytest.raises(Terminated):
-        patch.setattr(revtrain.data, "draw_augmentation", stop)
+        at_call(patch, "draw_augmentation", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         run(tmp_path / "cut", *words, base=base)
     training.train(compose_as_is([f"resume={tmp_path / 'cut'}"]), tmp_path / "rest", [])
     kept = ("loss_train", "loss_test", "accuracy_train", "accuracy_test", "iou_train", "iou_test")

@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import read_metrics, read_result
+from conftest import at_call, read_metrics, read_result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import revtrain.data
 from revtrain.conf import compose as compose_as_is
 from revtrain.config import ImageSize, StreamSettings, read
 from revtrain.data import load_data
@@ -249,16 +248,8 @@ def test_a_run_on_parts_resumes_to_the_same_bits(tmp_path, monkeypatch):
     folder_of(tmp_path)
     words = ("data.crop=8", "data.crops=2", "data.augment.colour=0.3", "data.augment.flip_vertical=true")
     run(tmp_path / "whole", tmp_path, *words)
-    draw, calls = revtrain.data.draw_augmentation, []
-
-    def stop(*args):
-        calls.append(1)
-        if len(calls) == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return draw(*args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(revtrain.data, "draw_augmentation", stop)
+        at_call(patch, "draw_augmentation", 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(Terminated):
             run(tmp_path / "cut", tmp_path, *words)
     resumed = compose_as_is([f"resume={tmp_path / 'cut'}"])

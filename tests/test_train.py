@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, assert_same_state, read_checkpoint, read_metrics, read_result
+from conftest import TINY, assert_same_state, at_call, read_checkpoint, read_metrics, read_result
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
@@ -200,24 +200,11 @@ def test_kill_9_in_the_middle_of_an_epoch_then_resume_is_bit_equal(tmp_path):
     assert read_result(tmp_path / "resumed")["epochs"] == 3
 
 
-def at_call(monkeypatch, number, action):
-    """Do something at the given call of `draw_augmentation`, which every training step makes once."""
-    draw, calls = revtrain.data.draw_augmentation, []
-
-    def wrapped(*args):
-        calls.append(1)
-        if len(calls) == number:
-            action()
-        return draw(*args)
-
-    monkeypatch.setattr(revtrain.data, "draw_augmentation", wrapped)
-
-
 @pytest.mark.parametrize(("call", "epoch"), [(2, 0), (5, 1)], ids=["first epoch", "second epoch"])
 def test_ctrl_c_keeps_a_checkpoint_that_resumes_bit_equal(tmp_path, monkeypatch, call, epoch):
     run(tmp_path / "whole")
     with monkeypatch.context() as patch:
-        at_call(patch, call, lambda: os.kill(os.getpid(), signal.SIGINT))
+        at_call(patch, "draw_augmentation", call, lambda: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "stopped")
     result = read_result(tmp_path / "stopped")

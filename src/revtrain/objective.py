@@ -1,9 +1,8 @@
 """What a network is trained for, the key `task`: its loss, and what it gets right.
 
 B images of H x W pixels, K classes. Labels are the classes of images, (B,) int64, or those of pixels, (B, H, W) of any
-type of whole numbers, `revtrain.config.IGNORED` where nothing is to be said.
-Hits are counted in a tensor that adds up over batches: how
-many images were right, () int64, or the pixels of class i that were taken for class j, (K, K) int64.
+type of whole numbers, `revtrain.config.IGNORED` where nothing is to be said. Hits are counted in a tensor that adds up
+over batches: how many images were right, () int64, or the pixels of class i that were taken for class j, (K, K) int64.
 """
 
 from __future__ import annotations

@@ -208,7 +208,7 @@ def check_room(count: int, image_size: int | Sequence[int], what: str) -> None:
         )
 
 
-def _subset(split: Any, classes: int, limit: int | None, name: str) -> Any:
+def _subset(split: AnySplit, classes: int, limit: int | None, name: str) -> AnySplit:
     """`limit` images, as balanced as the split allows; a smaller subset lies within a larger one."""
     if limit is None:
         return split

@@ -432,7 +432,7 @@ def reading(path: str) -> Iterator[None]:
     except (RevtrainError, MemoryError):
         raise
     except Exception as error:  # the decoders raise nearly anything on a damaged file
-        raise unusable(path, error) from error
+        raise _unusable(path, error) from error
 
 
 def _refuse_deep(path: str, image: Image.Image) -> None:
@@ -444,7 +444,7 @@ def too_deep(path: str, what: str) -> RevtrainError:
     return RevtrainError(f"{printable(path)} has more than 8 bits a channel ({what}).\nConvert it to 8 bits first.")
 
 
-def unusable(path: str, error: Exception) -> RevtrainError:
+def _unusable(path: str, error: Exception) -> RevtrainError:
     name = printable(path)
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return RevtrainError(

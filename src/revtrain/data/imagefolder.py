@@ -120,8 +120,7 @@ def _listing(folder: Path, expected: str, slides: bool = False) -> Listing:
     """The images of the class folders in `folder`, at least one of each."""
     if not files.is_folder(folder):
         raise RevtrainError(f"There is no folder {printable(folder)}.\n{expected}")
-    suffixes = imagefiles.SUFFIXES + (regions.SLIDE_SUFFIXES if slides else ())
-    listing = imagefiles.list_images(folder, by_class=True, suffixes=suffixes)
+    listing = imagefiles.list_images(folder, by_class=True, suffixes=regions.suffixes(slides))
     if not listing.images or len(set(listing.labels)) < len(listing.classes):
         raise imagefiles.no_images(listing, expected)
     return listing
@@ -181,8 +180,7 @@ def image_files(folder: str | Path, slides: bool = False) -> list[Path]:
     expected = f"Give a folder with images: {', '.join(imagefiles.SUFFIXES)}."
     if not files.is_folder(root):
         raise RevtrainError(f"{printable(root)} is no folder.\n{expected}")
-    suffixes = imagefiles.SUFFIXES + (regions.SLIDE_SUFFIXES if slides else ())
-    listing = imagefiles.list_images(root, by_class=False, suffixes=suffixes)
+    listing = imagefiles.list_images(root, by_class=False, suffixes=regions.suffixes(slides))
     if not listing.images:
         raise imagefiles.no_images(listing, expected)
     imagefiles.say_left_out(root, [listing])

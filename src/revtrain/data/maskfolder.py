@@ -108,8 +108,7 @@ def _pairs(folder: Path, own: StreamSettings, expected: str = LAYOUT) -> list[It
         place = folder / part
         if not files.is_folder(place):
             raise RevtrainError(f"There is no folder {printable(place)}.\n{expected}")
-        suffixes = imagefiles.SUFFIXES + (regions.SLIDE_SUFFIXES if part == "images" else ())
-        listing = imagefiles.list_images(place, by_class=False, suffixes=suffixes)
+        listing = imagefiles.list_images(place, by_class=False, suffixes=regions.suffixes(part == "images"))
         if not listing.images:
             raise imagefiles.no_images(listing, expected)
         imagefiles.say_left_out(place, [listing])

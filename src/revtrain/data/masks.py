@@ -83,14 +83,10 @@ def _numbers(path: str) -> np.ndarray:
                 "Give one number a pixel, its class: 8 bits in grey, or the indices of a palette."
             )
         step = _step(image)
-        try:
+        with imagefiles.reading(path):
             image = ImageOps.exif_transpose(image)
             values = np.asarray(image).astype(np.uint8) if image.mode == "1" else np.asarray(image)
             return values // step if step > 1 else values
-        except MemoryError:
-            raise
-        except Exception as error:  # the decoders raise nearly anything on a damaged file
-            raise imagefiles.unusable(path, error) from error
 
 
 def _step(image: Image.Image) -> int:

@@ -39,6 +39,11 @@ ROWS_REVERSED, COLUMNS_REVERSED = (3, 4, 6, 7), (2, 3, 7, 8)  # of the orientati
 logging.getLogger("pyvips").setLevel(logging.ERROR)  # what goes wrong is raised, too
 
 
+def suffixes(slides: bool) -> tuple[str, ...]:
+    """Of image files, in small letters; those of slides among them or not."""
+    return imagefiles.SUFFIXES + (SLIDE_SUFFIXES if slides else ())
+
+
 def is_slide(path: str) -> bool:
     """Whether the suffix is one of OpenSlide's."""
     return path.lower().endswith(SLIDE_SUFFIXES)

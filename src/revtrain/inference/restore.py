@@ -51,8 +51,7 @@ class Trained:
     @property
     def streaming(self) -> StreamSettings | None:
         """How the run read its images while it trained; None: they were all of one size, and in memory."""
-        own = self.config.data.own
-        return own if isinstance(own, StreamSettings) and getattr(own, "streams", True) else None
+        return self.config.data.own if self.config.data.streams else None
 
     @property
     def resized(self) -> ImageSize | None:

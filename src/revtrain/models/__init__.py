@@ -47,9 +47,9 @@ class Traits:
 
     `reversible`: something is rebuilt in the backward pass, so `backward=store` is another way to train it, and its
     channels are halved. `task`: what it is for; one for "segment" ends in a `revtrain.layers.DenseHead`, takes labels
-    beside the images, and then returns the loss of each.
-    `noise` says where reconstruction errors pile up, from the least to the most: "nowhere", "in
-    blocks" (inside a coupling block, which begins anew from a true input) or "along the chain" (from layer to layer).
+    beside the images, and then returns the loss of each. `noise` says where reconstruction errors pile up, from the
+    least to the most: "nowhere", "in blocks" (inside a coupling block, which begins anew from a true input) or "along
+    the chain" (from layer to layer).
     `hardly_uses`: keys of every network that make no difference here, or next to none, and why.
     """
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revtrain.conf import compose
-from revtrain.kernels import cpu_kernels
+from revtrain.kernels import cpu_kernels, pieces
 from revtrain.kernels.cpu_kernels import build
 from revtrain.layers import BatchPooling, ChannelPooling
 from revtrain.models import build_model
@@ -24,10 +24,14 @@ read, add, activation, statistics, gradient = (
 )
 needs_compiler = pytest.mark.skipif(build.library() is None, reason="no C compiler")
 CASES = 60
+RULE = (1.0, 0.0, True, 0.0, None)  # of add_to_part_: a sum without a factor and a grid
 
 
-def draw(case: int, *, signs: bool = False):
-    """(generator, part of a state (B, C, H, W), C values of a channel): odd sizes, one value, more than a vector."""
+def draw(case: int, *, signs: bool = False, tile: bool = False):
+    """(generator, part of a state (B, C, H, W), C values of a channel): odd sizes, one value, more than a vector.
+
+    Of a `tile` the rows lie apart.
+    """
     generator = torch.Generator().manual_seed(case)
 
     def size(most: int) -> int:
@@ -35,21 +39,29 @@ def draw(case: int, *, signs: bool = False):
 
     batch, channels, height, width = size(5), size(20), size(20), size(24)
     width = 8 * (1 + width // 8) if signs else width
-    state = torch.randn(batch, 2 * channels, height, width, generator=generator)
-    return generator, state[:, channels:], torch.randn(channels, generator=generator)
+    state = torch.randn(batch, 2 * channels, height + 3 * tile, width + 5 * tile, generator=generator)
+    part = state[:, channels:]
+    return generator, inside(part) if tile else part, torch.randn(channels, generator=generator)
 
 
-def like(part, generator, last: bool = False):
-    x = torch.randn(part.shape, generator=generator)
-    return x.contiguous(memory_format=torch.channels_last) if last else x
+def inside(x):
+    """(B, C, H, W) without two rows before, one behind, one column before, four behind."""
+    return x[:, :, 2:-1, 1:-4]
+
+
+def like(part, generator, last: bool = False, tile: bool = False):
+    x = torch.randn(*part.shape[:2], part.shape[2] + 3 * tile, part.shape[3] + 5 * tile, generator=generator)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    return inside(x) if tile else x
 
 
 @needs_compiler
+@pytest.mark.parametrize("tile", [False, True])
 @pytest.mark.parametrize("last", [False, True])
-def test_reading_is_the_specification_to_the_bit(last):
+def test_reading_is_the_specification_to_the_bit(last, tile):
     for case in range(CASES):
-        generator, part, scale = draw(case)
-        shift = like(scale, generator)
+        generator, part, scale = draw(case, tile=tile)
+        shift = torch.randn(len(scale), generator=generator)
         for of_norm, unit in (((None, None), 1.0), ((None, None), 0.3), ((scale, shift), 1.0)):
             made = cpu_kernels.read_part(part, *of_norm, unit, torch.float32, last)
             expected = read.specification(part, *of_norm, unit, torch.float32, last)
@@ -60,15 +72,17 @@ def test_reading_is_the_specification_to_the_bit(last):
 @needs_compiler
 @pytest.mark.parametrize("step", [0.0, 2.0**-16])
 @pytest.mark.parametrize("factor", [1.0, -1.0, 0.3])
-def test_adding_is_the_specification_to_the_bit_and_counts_what_leaves_the_range(factor, step):
+@pytest.mark.parametrize("tile", [False, True])
+def test_adding_is_the_specification_to_the_bit_and_counts_what_leaves_the_range(tile, factor, step):
     for case in range(CASES):
-        generator, part, _ = draw(case)
+        generator, part, _ = draw(case, tile=tile)
         extremes = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30, 2.0**-17, 3 * 2.0**-17])
         for last in (False, True):
-            residual = like(part, generator, last)
+            residual = like(part, generator, last, tile)
             where = torch.randint(residual.numel(), (6,), generator=generator)
             residual[tuple(torch.unravel_index(where, residual.shape))] = extremes
-            made, expected = part.clone(), part.clone()
+            made, expected = like(part, generator, tile=tile).copy_(part), part.clone()
+            around = made._base.clone() if tile else None
             counts = [torch.zeros((), dtype=torch.int64) for _ in range(2)]
             assert cpu_kernels.add_to_part_(made, residual, factor, step, factor != 0.3, 1.5, counts[0])
             add.specification(expected, residual, factor, step, 1.5, counts[1] if step else None, None)
@@ -77,6 +91,9 @@ def test_adding_is_the_specification_to_the_bit_and_counts_what_leaves_the_range
                 made, expected, equal_nan=True, rtol=0 if step or factor != 0.3 else 1e-6, atol=0
             )
             assert counts[0] == counts[1]
+            if tile:  # what lies around it stays as it is
+                inside(around).copy_(made)
+                assert torch.equal(around.nan_to_num(), made._base.nan_to_num())
 
 
 @needs_compiler
@@ -140,7 +157,7 @@ def test_statistics():
 def test_norm_and_activation_and_back(slope, with_signs):
     for case in range(CASES):
         generator, part, mean = draw(case, signs=with_signs)
-        x, bias = part.clone(), like(mean, generator)
+        x, bias = part.clone(), torch.randn(len(mean), generator=generator)
         gain = mean.sign() * (mean.abs() + 0.1)
         deviation = gain.abs().flip(0)
         x.view(-1)[0] = float(mean[0])  # z is the bias
@@ -169,18 +186,20 @@ def test_norm_and_activation_and_back(slope, with_signs):
 
 
 @needs_compiler
+@pytest.mark.parametrize("tile", [False, True])
 @pytest.mark.parametrize("last", [False, True])
-def test_the_gradient_of_a_norm(last):
+def test_the_gradient_of_a_norm(last, tile):
     for case in range(CASES):
-        generator, part, mean = draw(case)
-        scale, du = like(mean, generator), like(part, generator, last)
-        of_state = torch.randn(len(part), 2 * part.shape[1], *part.shape[2:], generator=generator)
-        made, expected = of_state.clone()[:, part.shape[1] :], of_state.clone()[:, part.shape[1] :]
+        generator, part, mean = draw(case, tile=tile)
+        scale, du = torch.randn(len(mean), generator=generator), like(part, generator, last, tile)
+        made = like(part.repeat(1, 2, 1, 1), generator, tile=tile)[:, part.shape[1] :]
+        expected = made.clone()
         sums, exact = cpu_kernels.add_norm_gradient_(made, du, part, mean, scale), torch.zeros(2, len(mean)).double()
         wide = [each.double() for each in (expected, du, part, mean, scale)]
         gradient.gradient_specification(*wide, exact, True, 1.0)
         torch.testing.assert_close(sums.double(), exact, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(made.double(), wide[0], rtol=1e-6, atol=1e-6)
+        made, part = made.contiguous(), part.contiguous()  # all of the batch, not tiles
         assert cpu_kernels.add_norm_rest_(made, part, scale, mean)
         gradient.rest_specification(wide[0], wide[2], scale.double(), mean.double(), 1.0)
         torch.testing.assert_close(made.double(), wide[0], rtol=1e-6, atol=1e-5)
@@ -188,7 +207,8 @@ def test_the_gradient_of_a_norm(last):
 
 @needs_compiler
 def test_threads_change_no_bit():
-    x = torch.randn(16, 24, 32, 32)
+    x, large = torch.randn(16, 24, 32, 32), torch.randn(2, 12, 200, 150)
+    mean = torch.zeros(12)
     results = []
     for threads in (1, 2, 5):
         before = torch.get_num_threads()
@@ -199,6 +219,12 @@ def test_threads_change_no_bit():
                 state, x.contiguous(memory_format=torch.channels_last), 1.0, 0.5, True, 2.0, counted
             )
             results.append([state, counted, *statistics._compiled(x), ChannelPooling().recompute_(x.clone(), None)])
+            for part in (large, inside(large)):  # whose rows threads share
+                u = cpu_kernels.read_part(part, mean + 2, mean, 1.0, torch.float32, True)
+                u[:, :, 30], u[:, :, 130] = 1e17, -1e17  # sums in another order are others
+                changed, sums = part.clone(), cpu_kernels.add_norm_gradient_(part.clone(), u, part, mean, mean)
+                assert cpu_kernels.add_to_part_(changed, u, 1.0, 0.5, True, 2.0, counted)
+                results[-1] += [u, sums, changed]
         finally:
             torch.set_num_threads(before)
     for others in results[1:]:
@@ -221,6 +247,47 @@ def test_threads_change_no_bit():
 )
 def test_what_is_not_served(part):
     assert cpu_kernels.read_part(part, None, None, 1.0, torch.float32, False) is None
+
+
+@needs_compiler
+@pytest.mark.parametrize("last", [False, True])
+def test_tiles_of_volumes_and_of_rows_are_served(last):
+    volume = torch.randn(1, 6, 9, 10, 11)[:, 2:]
+    for part in (volume[:, :, 1:7, 2:9, 3:], volume[:, :, 1:7], volume[:, :, :, 2:9], volume[0, :, 2:7, 1]):
+        part = part if part.dim() == 5 else part[None]
+        memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}[part.dim()]
+        u = cpu_kernels.read_part(part, None, None, 0.5, torch.float32, last)
+        assert torch.equal(u, part * 0.5) and u.is_contiguous(memory_format=memory_format) == last
+        state = part.clone()
+        assert cpu_kernels.add_to_part_(state, u, 1.0, 0.0, True, 0.0, None)
+        assert torch.equal(state, part + u)
+    rows = torch.randn(2, 6, 50)[:, 1:5, 3:40]
+    assert torch.equal(cpu_kernels.read_part(rows, None, None, 1.0, torch.float32, False), rows)
+
+
+@needs_compiler
+def test_values_that_share_memory_are_left_to_torch():
+    assert not cpu_kernels.add_to_part_(torch.randn(1, 3, 1, 5).expand(2, 3, 4, 5), torch.ones(2, 3, 4, 5), *RULE)
+    state = torch.zeros(2, 3, 4, 5)
+    add.add_to_part_(state, torch.arange(3.0).view(1, 3, 1, 1).expand(2, 3, 4, 5), piece_bytes=2**20)
+    assert torch.equal(state, torch.arange(3.0).view(1, 3, 1, 1).expand(2, 3, 4, 5))
+
+
+@needs_compiler
+@pytest.mark.parametrize("arch", ["chunked", "layerwise", "hybrid"])
+@pytest.mark.parametrize("cut_rows", [-1.0, 1.0], ids=["tiles", "strips"])
+def test_a_step_in_tiles_runs_no_specification(arch, cut_rows, monkeypatch):
+    model = build_model(compose(["data=synthetic", f"arch={arch}", "width=8", "depth=2", "chunk_mib=0.05"])).train()
+    monkeypatch.setattr(pieces, "CUT_ROWS", cut_rows)
+    monkeypatch.setattr(pieces, "_tiles", pieces._tiles.__wrapped__)  # without those that were cut before
+
+    def plain(*given):
+        raise AssertionError("plain torch ran")
+
+    for module in (read, add, statistics):
+        monkeypatch.setattr(module, "specification", plain)
+    monkeypatch.setattr(gradient, "gradient_specification", plain)
+    model(torch.randn(1, 3, 128, 96)).sum().backward()
 
 
 @needs_compiler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 from math import prod
 
 import pytest
@@ -261,7 +262,9 @@ def test_pieces_cover_each_value_once(shape, piece_bytes):
         x[piece.own] += 1
         read = torch.zeros(x[piece.read].shape)
         assert piece.crop(read).shape == x[piece.own].shape
-        assert piece.pad(x[piece.own]).shape == x[piece.read].shape
+        padded, cleared = piece.pad(x[piece.own]), x[piece.read].clone()
+        piece.clear_halo_(cleared)
+        assert torch.equal(padded, cleared)
     assert (x == 2).all()
 
 
@@ -275,6 +278,37 @@ def test_halos_are_less_than_15_percent_of_the_work(shape, reach):
         own += prod(each.stop - each.start for each in piece.own[2:])
         read += prod(each.stop - each.start for each in piece.read[2:])
     assert own == prod(shape[2:]) and read <= (1 + MOST_HALO) * own
+
+
+@pytest.mark.parametrize(
+    ("sides", "reach", "pixels", "counts"),
+    [
+        ((1024, 1024), 2, 2**16, (16, 1)),  # strips, whose halos cost little
+        ((8192, 8192), 2, 2**16, (32, 32)),  # strips would be halo
+        ((8192, 8192), 0, 2**16, (1024, 1)),
+        ((100, 6000), 0, 2000, (100, 3)),
+        ((128, 128, 128), 0, 2**16, (32, 1, 1)),
+        ((64, 64), 40, 64, (1, 1)),
+    ],
+    ids=str,
+)
+def test_tiles_are_cut_for_the_least_work(sides, reach, pixels, counts):
+    assert in_pieces._cut(sides, (reach,) * len(sides), pixels) == counts
+
+
+@pytest.mark.parametrize("pixels", [4000, 900, 250, 60])
+@pytest.mark.parametrize("reach", [(1, 1), (2, 2), (0, 3), (3, 0)], ids=str)
+@pytest.mark.parametrize("sides", [(120, 90), (31, 200), (77, 77)], ids=str)
+def test_no_other_tiles_are_as_small_for_less_work(sides, reach, pixels):
+    def of(counts):
+        """(by how much the largest tile exceeds what was asked for, work)."""
+        largest = prod(-(-side // k) for side, k in zip(sides, counts, strict=True))
+        growth = prod(1 + 2 * wide * (k - 1) / side for k, wide, side in zip(counts, reach, sides, strict=True))
+        return max(0, largest - pixels), growth + in_pieces.CUT_ROWS * (counts[1] > 1), growth
+
+    ways = [of(counts) for counts in product(*(range(1, side + 1) for side in sides))]
+    best = min(way[:2] for way in ways if way[2] <= 1 + MOST_HALO)
+    assert of(in_pieces._cut(sides, reach, pixels))[:2] == pytest.approx(best)
 
 
 def test_a_module_says_how_far_it_looks():

@@ -210,7 +210,7 @@ def live_peaks(model: nn.Module, size: int, dtype: torch.dtype) -> list[int]:
 
 def test_labels_in_8_bits_take_7_bytes_a_pixel_less():
     """Neither pass makes a tensor in int64 of all labels."""
-    model = network(*NARROW, "chunk_mib=0.02")
+    model = network(*NARROW, "chunk_mib=0.01")
     wide, narrow = (live_peaks(model, 128, dtype) for dtype in (torch.int64, torch.uint8))
     for each, less in zip(wide, narrow, strict=True):
         assert each - less == pytest.approx(7 * 128**2, rel=0.05)

@@ -229,8 +229,8 @@ def differentiate_(
 ) -> Tensor | None:
     """The gradient of `leaf`; those of `sides` and `leaves` go to `grads` for their `owners`, in this order.
 
-    `end` is that of a result (see `end_of`), whose gradient is `scale` dy, or, where only a `piece` of the result is
-    right, that of the piece. What is returned, None where the result does not depend on `leaf`, may share memory with
+    `end` is that of a result (see `end_of`), whose gradient is `scale` dy; where only a `piece` of the result is right,
+    it is zero elsewhere. What is returned, None where the result does not depend on `leaf`, may share memory with
     dy. `writes_on`: the caller goes on writing into dy.
 
     Raises:
@@ -243,11 +243,11 @@ def differentiate_(
     owners = [owner for owner, each in zip(owners, sides, strict=False) if each.requires_grad] + list(
         owners[len(sides) :]
     )
-    if end.channels_last or scale != 1:
+    if end.channels_last or scale != 1 or piece.inner is not None:
         handed = read_part(dy, end.dtype, unit=scale, channels_last=end.channels_last)
+        piece.clear_halo_(handed)
     else:
         handed = dy.view_as(dy).to(end.dtype)
-    handed = piece.pad(handed)
     users = users_of_memory(dy)
     dleaf: Tensor | None
     try:

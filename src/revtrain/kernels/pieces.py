@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from itertools import islice, product
-from math import ceil, prod
+from math import prod
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -97,6 +97,7 @@ def is_large(x: Tensor, piece_bytes: int) -> bool:
 # ---- pixels and their neighbours -------------------------------------------------------------------
 
 MOST_HALO = 0.15  # of a tile's own pixels: by so much a convolution may have more work in tiles
+CUT_ROWS = 0.05  # of a convolution's work: what it costs that a tile has not the whole width of the image
 
 
 class Piece(NamedTuple):
@@ -118,6 +119,14 @@ class Piece(NamedTuple):
     def pad(self, gradient: Tensor) -> Tensor:
         """The gradient of `crop`: nothing comes from the halo."""
         return F.pad(gradient, self.margins) if self.margins else gradient
+
+    def clear_halo_(self, gradient: Tensor) -> None:
+        """`pad` in place, where there is room for the halo."""
+        for dim, own in enumerate(self.inner or ()):
+            if own != slice(None):
+                size = gradient.shape[dim]
+                gradient.narrow(dim, 0, own.start).zero_()
+                gradient.narrow(dim, own.stop, size - own.stop).zero_()
 
 
 WHOLE = Piece((slice(None),), (slice(None),))
@@ -168,22 +177,42 @@ class _Tile(NamedTuple):
 @lru_cache(maxsize=64)
 def _tiles(sides: tuple[int, ...], reach: tuple[int, ...], pixels: int) -> list[_Tile]:
     """Tiles of an image, each of about so many pixels, the largest first."""
-    growth = (1 + MOST_HALO) ** (1 / len(sides)) - 1  # of each side, at most
-    cuts: dict[int, list[slice]] = {}
-    left = max(1, pixels)
-    for dim in sorted(range(len(sides)), key=lambda dim: sides[dim]):
-        fitting = max(1, int(left ** (1 / (len(sides) - len(cuts))) + 1e-9))
-        # with k slices a side is read as if it were 2 (k - 1) reach longer
-        most = sides[dim] if not reach[dim] else 1 + int(sides[dim] * growth / (2 * reach[dim]))
-        cuts[dim] = _even_slices(sides[dim], max(1, min(ceil(sides[dim] / fitting), most)))
-        left = max(1, left // ceil(sides[dim] / len(cuts[dim])))
+    cuts = [_even_slices(side, count) for side, count in zip(sides, _cut(sides, reach, pixels), strict=True)]
     found = []
-    for own in product(*(cuts[dim] for dim in range(len(sides)))):
+    for own in product(*cuts):
         before = tuple(min(each.start, wide) for each, wide in zip(own, reach, strict=True))
         behind = tuple(min(side - each.stop, wide) for each, wide, side in zip(own, reach, sides, strict=True))
         read = tuple(slice(o.start - b, o.stop + e) for o, b, e in zip(own, before, behind, strict=True))
         found.append(_Tile(own, read, before, behind))
     return sorted(found, key=lambda tile: -prod(each.stop - each.start for each in tile.read))
+
+
+def _cut(sides: tuple[int, ...], reach: tuple[int, ...], pixels: int) -> tuple[int, ...]:
+    """Into how many slices to cut each side: for tiles of at most so many pixels, or as few as `MOST_HALO` allows; of
+    all ways to do so that of the least work."""
+
+    def growth(counts: Sequence[int]) -> float:  # with k slices a side is read as if it were 2 (k - 1) reach longer
+        return prod(1 + 2 * wide * (k - 1) / side for k, wide, side in zip(counts, reach, sides, strict=False))
+
+    def useful(side: int) -> list[int]:  # the least count for each length of the longest slice
+        return sorted({_ceil_divide(side, length) for length in range(1, side + 1)})
+
+    def cost(counts: tuple[int, ...]) -> tuple[float, ...]:  # at equal work few tiles, cut through the outermost sides
+        excess = max(0, prod(map(_ceil_divide, sides, counts)) - pixels)
+        return excess, growth(counts) + CUT_ROWS * (counts[-1] > 1), prod(counts), *(-each for each in counts)
+
+    found = [(1,) * len(sides)]
+    for outer in product(*map(useful, sides[:-1])):
+        room = (1 + MOST_HALO) / growth(outer) - 1
+        if room >= 0:
+            fitting = max(1, pixels // prod(map(_ceil_divide, sides, outer)))
+            most = 1 + int(room * sides[-1] / (2 * reach[-1])) if reach[-1] else sides[-1]
+            found.append((*outer, min(_ceil_divide(sides[-1], fitting), most)))
+    return min(found, key=cost)
+
+
+def _ceil_divide(whole: int, part: int) -> int:
+    return -(-whole // part)
 
 
 def _even_slices(length: int, count: int) -> list[slice]:

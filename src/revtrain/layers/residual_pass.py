@@ -142,7 +142,7 @@ class ResidualPass:
         del residual
         owners = (*context, *wanted)
         return differentiate_(
-            end, leaf, sides, again.leaves, dtarget[piece.own], owners, grads, self.residual_sum.scale, piece=piece
+            end, leaf, sides, again.leaves, dtarget[piece.read], owners, grads, self.residual_sum.scale, piece=piece
         )
 
     def read(self, source: Tensor) -> Tensor:

@@ -7,10 +7,14 @@ of the operators.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from operator import not_, or_
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from revtrain.kernels.cpu_kernels.build import library
+from revtrain.kernels.cpu_kernels.build import View, library
 from revtrain.kernels.operator import is_real
 from revtrain.kernels.shapes import memory_format_of
 
@@ -49,12 +53,15 @@ def read_part(
     if dtype != torch.float32:
         return None
     part = in_float32(part) if serves_integers(part) else part
-    if not serves(part, scale, shift) or not has_rows(part):
+    if not serves(part, scale, shift):
         return None
     u = torch.empty(part.shape, dtype=dtype, memory_format=memory_format_of(part, channels_last))
-    last = not has_rows(u)
+    way = way_through(part.shape, part.stride(), u.stride())
+    if way is None or way.last[0]:
+        return None
     scale, shift = (None if each is None else each.contiguous() for each in (scale, shift))
-    _call("read", _at(part), part.stride(0), *_shape(part), unit, _at(scale), _at(shift), _at(u), last)
+    of_part, of_u = way.views(part, u)
+    _call("read", of_part, of_u, way.last[1], *way.shape, unit, _at(scale), _at(shift))
     return u
 
 
@@ -62,14 +69,13 @@ def add_to_part_(
     part: Tensor, residual: Tensor, factor: float, step: float, exact: bool, limit: float, overflows: Tensor | None
 ) -> bool:
     """`exact`: a product with `factor` is."""
-    if part.shape != residual.shape or not serves(part, residual) or not has_rows(part):
+    if part.shape != residual.shape or not serves(part, residual):
         return False
-    last = _is_last(residual)
-    if last is None:
+    way = way_through(part.shape, part.stride(), residual.stride())
+    if way is None or way.last[0]:
         return False
     before, after = (1.0, 1.0) if not step else (factor / step, 1.0) if exact else (factor, 1 / step)
-    numbers = (last, factor, step, before, after, limit)
-    beyond = _call("add", _at(part), part.stride(0), *_shape(part), _at(residual), residual.stride(0), *numbers)
+    beyond = _call("add", *way.views(part, residual), way.last[1], *way.shape, factor, step, before, after, limit)
     _written(part)
     if overflows is not None and step:
         overflows += beyond
@@ -132,13 +138,17 @@ def undo_norm_activation_(
 
 def add_norm_gradient_(dpart: Tensor, du: Tensor, part: Tensor, mean: Tensor, scale: Tensor) -> Tensor | None:
     """The sums (2, C), float32, of these values alone."""
-    last = _is_last(du)
-    if last is None or not (serves(dpart, du, part, mean, scale) and has_rows(dpart) and has_rows(part)):
+    if not serves(dpart, du, part, mean, scale):
         return None
-    made = torch.empty(2, *part.shape[:2], dtype=torch.float64)
+    way = way_through(part.shape, dpart.stride(), du.stride(), part.stride())
+    if way is None or way.last[0] or way.last[2]:
+        return None
+    samples, channels, rows, _ = way.shape
+    parts = min(rows, SUMS)
+    made = torch.zeros(2, samples * parts, channels, dtype=torch.float64)
     mean, scale = mean.contiguous(), scale.contiguous()
-    tensors = (_at(dpart), dpart.stride(0), _at(du), du.stride(0), last, _at(part), part.stride(0))
-    _call("norm_gradient", *tensors, *_shape(part), _at(mean), _at(scale), _at(made))
+    of_dpart, of_du, of_part = way.views(dpart, du, part)
+    _call("norm_gradient", of_dpart, of_du, way.last[1], of_part, *way.shape, _at(mean), _at(scale), _at(made), parts)
     _written(dpart)
     return made.sum(1).to(part.dtype)
 
@@ -170,6 +180,54 @@ def pool_(units: Tensor, factor: int, back: bool, piece_bytes: int) -> bool:
 # ---- how tensors lie ---------------------------------------------------------------------------------
 
 
+LONG = 2**14  # pixels: fewer than that are one row, where they lie so; more stay rows, which threads can share
+SUMS = 16  # that are made apart of the rows of a sample, however many threads there are
+
+
+class Way(NamedTuple):
+    """How passes go through tensors of one shape (B, C, ...): by samples, channels, and rows without gaps."""
+
+    shape: tuple[int, int, int, int]  # samples, channels, rows, pixels of a row
+    apart: tuple[tuple[int, int, int], ...]  # of each tensor: how many values samples, rows and channels lie apart
+    last: tuple[bool, ...]  # of each tensor: whether it is channels last
+
+    def views(self, *tensors: Tensor) -> tuple[View, ...]:
+        """For the compiled passes."""
+        return tuple(View(each.data_ptr(), *apart) for each, apart in zip(tensors, self.apart, strict=True))
+
+
+@lru_cache(maxsize=4096)
+def way_through(shape: tuple[int, ...], *strides: tuple[int, ...]) -> Way | None:
+    """Through tensors of one shape (B, C, ...), which may be tiles of others; None where one has no rows without gaps,
+    or values that share memory."""
+    if len(shape) < 2 or any(size > 1 and not step for each in strides for size, step in zip(shape, each, strict=True)):
+        return None
+    levels: list[tuple[int, tuple[int, ...]]] = []  # pixels of a row, rows, planes: how many, and their strides
+    for dim in range(len(shape) - 1, 1, -1):
+        size, steps = shape[dim], tuple(each[dim] for each in strides)
+        if levels and size == 1:
+            continue
+        if levels:
+            inner, of_inner = levels[-1]
+            joins = all(step == inner * other for step, other in zip(steps, of_inner, strict=True))
+            if joins and (len(levels) > 1 or inner * size <= LONG):
+                levels[-1] = inner * size, of_inner
+                continue
+        levels.append((size, steps))
+    samples = shape[0], tuple(each[0] for each in strides)
+    if len(levels) == 3 and samples[0] == 1:  # the planes of a volume are as samples
+        samples = levels.pop()
+    levels += [(1, (0,) * len(strides))] * (2 - len(levels))
+    (pixels, of_pixels), (rows, of_rows), *planes = levels
+    of_channels = tuple(each[1] for each in strides)
+    plain = [pixels == 1 or step == 1 for step in of_pixels]
+    last = [step == shape[1] and channel == 1 for step, channel in zip(of_pixels, of_channels, strict=True)]
+    if planes or not all(map(or_, plain, last)):
+        return None
+    apart = tuple(zip(samples[1], of_rows, of_channels, strict=True))
+    return Way((samples[0], shape[1], rows, pixels), apart, tuple(map(not_, plain)))
+
+
 def has_rows(x: Tensor) -> bool:
     """Whether each sample of x (B, C, ...) is dense, its channels one behind the other."""
     expected = 1
@@ -182,13 +240,6 @@ def has_rows(x: Tensor) -> bool:
 
 def _is_dense(x: Tensor) -> bool:
     return x.dim() > 1 and x.is_contiguous()
-
-
-def _is_last(x: Tensor) -> bool | None:
-    """Whether x is channels last rather than as a state; None: neither of the two."""
-    if has_rows(x):
-        return False
-    return True if x.is_contiguous(memory_format=memory_format_of(x, True)) else None
 
 
 def _fits_signs(x: Tensor, signs: Tensor | None) -> bool:

@@ -123,15 +123,24 @@ def _is_ours(path: Path) -> bool:
 
 
 _P, _I, _F, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-_SHAPE = [_I, _I, _I]  # B, C, S
+
+
+class View(ctypes.Structure):
+    """A tensor's first value, and how many values samples, rows and channels lie apart."""
+
+    _fields_ = (("at", _P), ("sample", _I), ("row", _I), ("channel", _I))
+
+
+_V = ctypes.POINTER(View)
+_SHAPE, _IN_ROWS = [_I, _I, _I], [_I, _I, _I, _I]  # B, C, S; B, C, R, S
 _ARGUMENTS: dict[str, list[type]] = {
-    "read": [_P, _I, *_SHAPE, _F, _P, _P, _P, _N, _N],
-    "add": [_P, _I, *_SHAPE, _P, _I, _N, _F, _F, _F, _F, _F, _N],
+    "read": [_V, _V, _N, *_IN_ROWS, _F, _P, _P, _N],
+    "add": [_V, _V, _N, *_IN_ROWS, _F, _F, _F, _F, _F, _N],
     "sums": [_P, _I, *_SHAPE, _P, _P, _N],
     "forward": [_P, *_SHAPE, _P, _P, _P, _F, _P, _N],
     "activation_sums": [_P, _P, _P, *_SHAPE, _P, _P, _F, _P, _N],
     "undo": [_P, _P, _P, *_SHAPE, _P, _P, _P, _P, _F, _P, _N],
-    "norm_gradient": [_P, _I, _P, _I, _N, _P, _I, *_SHAPE, _P, _P, _P, _N],
+    "norm_gradient": [_V, _V, _N, _V, *_IN_ROWS, _P, _P, _P, _I, _N],
     "norm_rest": [_P, _I, _P, _I, *_SHAPE, _P, _P, _N],
     "pool": [_P, _I, _I, _I, _I, _I, _N, _P, _N],
 }

@@ -3,8 +3,10 @@
  * another order.
  *
  * B samples, C channels, S pixels. A state, or a part of it, has its samples `stride` values apart; a sample is dense, its
- * channels one behind the other. Other tensors lie so, too, or channels last (`last`): a sample's pixels then lie one behind
- * the other, C values each. Sums are made for each sample on its own, so that the number of threads does not change them. */
+ * channels one behind the other. Where tiles of images are served, too, a sample has R rows of S pixels, and a `view` says how
+ * far samples, rows and channels lie apart. Other tensors lie so, too, or channels last (`last`): a row's pixels then lie one
+ * behind the other, C values each. Sums are made for parts that do not depend on the number of threads, which so changes
+ * none of them. */
 
 #include <math.h>
 #include <stdint.h>
@@ -16,6 +18,10 @@
 #define WORTH (1 << 16) /* values: with fewer of them threads cost more than they save */
 
 typedef int64_t whole;
+typedef struct {
+  float *at;
+  whole sample, row, channel; /* how far one lies from the next; `channel` is not looked at where channels come last */
+} view;
 typedef float vector __attribute__((vector_size(4 * N)));
 typedef int32_t mask __attribute__((vector_size(4 * N)));
 
@@ -102,10 +108,13 @@ static inline void turn_four_back(vector r[N]) {
   r[3] = PICK(high, high2, 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
-/* a block of a sample, channels c to c + rows, pixels s to s + n: a vector of pixels for each channel */
-static INLINE void fetch(vector r[N], const float *sample, int last, whole C, whole S, whole c, whole rows, whole s, whole n) {
+static INLINE float *row_of(view x, whole b, whole row) { return x.at + b * x.sample + row * x.row; }
+
+/* a block of a row, channels c to c + rows, pixels s to s + n: a vector of pixels for each channel; the channels lie `apart`,
+ * or last */
+static INLINE void fetch(vector r[N], const float *sample, int last, whole C, whole apart, whole c, whole rows, whole s, whole n) {
   if (!last) {
-    for (whole i = 0; i < rows; i++) r[i] = load(sample + (c + i) * S + s, n);
+    for (whole i = 0; i < rows; i++) r[i] = load(sample + (c + i) * apart + s, n);
   } else if (rows == 4 && C == 4 && n == N) {
     UNROLLED for (whole i = 0; i < 4; i++) r[i] = load(sample + s * 4 + i * N, N);
     turn_four_back(r);
@@ -115,9 +124,9 @@ static INLINE void fetch(vector r[N], const float *sample, int last, whole C, wh
   }
 }
 
-static INLINE void put(vector r[N], float *sample, int last, whole C, whole S, whole c, whole rows, whole s, whole n) {
+static INLINE void put(vector r[N], float *sample, int last, whole C, whole apart, whole c, whole rows, whole s, whole n) {
   if (!last) {
-    for (whole i = 0; i < rows; i++) store(sample + (c + i) * S + s, r[i], n);
+    for (whole i = 0; i < rows; i++) store(sample + (c + i) * apart + s, r[i], n);
   } else if (rows == 4 && C == 4 && n == N) {
     turn_four(r);
     UNROLLED for (whole i = 0; i < 4; i++) store(sample + s * 4 + i * N, r[i], N);
@@ -128,34 +137,38 @@ static INLINE void put(vector r[N], float *sample, int last, whole C, whole S, w
 }
 
 /* Memory takes its time, and the processor's own guess fails where rows are turned: lines are asked for before their turn. Of
- * a long sample those of the square four further on; of another as many lines of the next sample, in the order of memory. */
+ * a short dense sample as many lines of the next one, in the order of memory; else those of the square four further on. */
 #define LONG (64 * LINE) /* pixels */
 
 static INLINE void ask_for(const float *p, whole lines, whole apart) {
   for (whole i = 0; i < lines; i++) __builtin_prefetch(p + i * apart, 1, 3);
 }
 
-static INLINE void ask_ahead(const float *sample, whole next, int last, whole C, whole S, whole c, whole s) {
+static INLINE void ask_ahead(const float *sample, whole next, int last, whole C, whole S, whole apart, whole c, whole s) {
   whole channels = least(LINE, C - c), pixels = least(LINE, S - s);
-  if (S <= LONG)
+  if (next)
     ask_for(sample + next + s * C + c * LINE, channels, LINE);
   else if (!last)
-    ask_for(sample + c * S + s + 4 * LINE, channels, S);
+    ask_for(sample + c * apart + s + 4 * LINE, channels, apart);
   else if (C > LINE)
     ask_for(sample + (s + 4 * LINE) * C + c, pixels, C);
   else
     ask_for(sample + (s + 4 * LINE) * C, C, LINE);
 }
 
-/* DO(rows, n) for each block of a sample whose channels come last on the other side, in squares of LINE channels and LINE
- * pixels, so that each line of the cache, on either side, is gone through at once: rows of a power of two pixels would push
- * each other out. Sizes of most blocks are constants, for which the compiler makes code without loops and branches. `next`: how
- * far the next sample lies, on this side and on the other. */
-#define BLOCKS(C, S, x, x_next, u, u_next, DO)                              \
+/* how far the next sample lies, if lines of it are to be asked for, else zero */
+static INLINE whole next_of(view x, int last, whole C, whole R, whole S) {
+  return R == 1 && S <= LONG && (last || x.channel == S) ? x.sample : 0;
+}
+
+/* DO(rows, n) for each block of a row whose channels come last on the other side, in squares of LINE channels and LINE
+ * pixels, so that each line of the cache, on either side, is gone through at once: channels a power of two apart would push
+ * each other out. Sizes of most blocks are constants, for which the compiler makes code without loops and branches. */
+#define BLOCKS(C, S, x, x_next, x_apart, u, u_next, DO)                     \
   for (whole line = 0; line < (S); line += LINE)                            \
     for (whole lines = 0; lines < (C); lines += LINE) {                     \
-      ask_ahead(x, x_next, 0, C, S, lines, line);                           \
-      ask_ahead(u, u_next, 1, C, S, lines, line);                           \
+      ask_ahead(x, x_next, 0, C, S, x_apart, lines, line);                  \
+      ask_ahead(u, u_next, 1, C, S, 0, lines, line);                        \
       for (whole c = lines; c < least(lines + LINE, (C)); c += N)           \
         for (whole s = line; s < least(line + LINE, (S)); s += N) {         \
           whole rows = least(N, (C)-c), n = least(N, (S)-s);                \
@@ -168,7 +181,7 @@ static INLINE void ask_ahead(const float *sample, whole next, int last, whole C,
         }                                                                   \
     }
 
-/* DO(1, n) for the channels of a sample one by one, where they lie so on both sides */
+/* DO(1, n) for the channels of a row one by one, where they lie so on both sides */
 #define ROWS(C, S, DO)                                           \
   for (whole c = 0; c < (C); c++) {                              \
     whole full = (S) / N * N, s = 0;                             \
@@ -176,50 +189,54 @@ static INLINE void ask_ahead(const float *sample, whole next, int last, whole C,
     if (s < (S)) DO(1, (S)-s);                                   \
   }
 
-static INLINE void read_block(const float *x, float *u, int last, whole C, whole S, float unit, const float *scale,
-                              const float *shift, whole c, whole rows, whole s, whole n) {
+static INLINE void read_block(const float *x, whole x_apart, float *u, whole u_apart, int last, whole C, float unit,
+                              const float *scale, const float *shift, whole c, whole rows, whole s, whole n) {
   vector r[N] = {0};
-  fetch(r, x, 0, C, S, c, rows, s, n);
+  fetch(r, x, 0, C, x_apart, c, rows, s, n);
   UNROLLED for (whole i = 0; i < rows; i++) {
     r[i] = r[i] * unit;
     if (scale) r[i] = fused(r[i], all(scale[c + i]), all(shift[c + i]));
   }
-  put(r, u, last, C, S, c, rows, s, n);
+  put(r, u, last, C, u_apart, c, rows, s, n);
 }
 
-static OWN void read_sample(const float *x, whole next, whole C, whole S, float unit, const float *scale, const float *shift,
-                            float *u, int last) {
-#define LAST(rows, n) read_block(x, u, 1, C, S, unit, 0, 0, c, rows, s, n)
-#define NORMALISED(rows, n) read_block(x, u, 1, C, S, unit, scale, shift, c, rows, s, n)
-#define AS_IT_LIES(rows, n) read_block(x, u, 0, C, S, unit, scale, shift, c, rows, s, n)
+static OWN void read_row(const float *x, whole x_next, whole x_apart, whole C, whole S, float unit, const float *scale,
+                         const float *shift, float *u, whole u_next, whole u_apart, int last) {
+#define LAST(rows, n) read_block(x, x_apart, u, u_apart, 1, C, unit, 0, 0, c, rows, s, n)
+#define NORMALISED(rows, n) read_block(x, x_apart, u, u_apart, 1, C, unit, scale, shift, c, rows, s, n)
+#define AS_IT_LIES(rows, n) read_block(x, x_apart, u, u_apart, 0, C, unit, scale, shift, c, rows, s, n)
   if (last && scale) {
-    BLOCKS(C, S, x, next, u, C * S, NORMALISED)
+    BLOCKS(C, S, x, x_next, x_apart, u, u_next, NORMALISED)
   } else if (last) {
-    BLOCKS(C, S, x, next, u, C * S, LAST)
+    BLOCKS(C, S, x, x_next, x_apart, u, u_next, LAST)
   } else if (scale || unit != 1) {
     ROWS(C, S, AS_IT_LIES)
   } else {
-    memcpy(u, x, sizeof(float) * (size_t)(C * S));
+    if (x_apart == S && u_apart == S) S *= C, C = 1;
+    for (whole c = 0; c < C; c++) memcpy(u + c * u_apart, x + c * x_apart, sizeof(float) * (size_t)S);
   }
 }
 
-void revtrain_read(const float *x, whole stride, whole B, whole C, whole S, float unit, const float *scale, const float *shift,
-                   float *u, int last, int threads) {
-#pragma omp parallel for PARALLEL(B * C * S)
-  for (whole b = 0; b < B; b++) read_sample(x + b * stride, stride, C, S, unit, scale, shift, u + b * C * S, last);
+void revtrain_read(const view *x, const view *u, int last, whole B, whole C, whole R, whole S, float unit, const float *scale,
+                   const float *shift, int threads) {
+  whole x_next = next_of(*x, 0, C, R, S), u_next = next_of(*u, last, C, R, S);
+#pragma omp parallel for collapse(2) PARALLEL(B * C * R * S)
+  for (whole b = 0; b < B; b++)
+    for (whole r = 0; r < R; r++)
+      read_row(row_of(*x, b, r), x_next, x->channel, C, S, unit, scale, shift, row_of(*u, b, r), u_next, u->channel, last);
 }
 
 typedef struct {
   float factor, step, before, after, limit;
 } sum_rule;
 
-static INLINE void add_block(float *x, const float *u, int last, whole C, whole S, sum_rule rule, int on_grid, int exact,
-                             mask *beyond, whole c, whole rows, whole s, whole n) {
+static INLINE void add_block(float *x, whole x_apart, const float *u, whole u_apart, int last, whole C, sum_rule rule, int on_grid,
+                             int exact, mask *beyond, whole c, whole rows, whole s, whole n) {
   vector r[N] = {0};
   mask left = {0};
-  fetch(r, u, last, C, S, c, rows, s, n);
+  fetch(r, u, last, C, u_apart, c, rows, s, n);
   UNROLLED for (whole i = 0; i < rows; i++) {
-    float *to = x + (c + i) * S + s;
+    float *to = x + (c + i) * x_apart + s;
     vector v = load(to, n);
     if (on_grid) {
       vector scaled = r[i] * rule.before * rule.after;
@@ -237,24 +254,25 @@ static INLINE void add_block(float *x, const float *u, int last, whole C, whole 
   *beyond += left;
 }
 
-static OWN whole add_to_sample(float *x, whole x_next, whole C, whole S, const float *u, whole u_next, int last, sum_rule rule) {
+static OWN whole add_to_row(float *x, whole x_next, whole x_apart, whole C, whole S, const float *u, whole u_next, whole u_apart,
+                            int last, sum_rule rule) {
   mask beyond = {0};
   whole all_beyond = 0;
   int exact = rule.factor == 1 || rule.factor == -1;
-#define ON_GRID(rows, n) add_block(x, u, last, C, S, rule, 1, 0, &beyond, c, rows, s, n)
-#define EXACT(rows, n) add_block(x, u, last, C, S, rule, 0, 1, &beyond, c, rows, s, n)
-#define FUSED(rows, n) add_block(x, u, last, C, S, rule, 0, 0, &beyond, c, rows, s, n)
-  if (!last) S *= C, C = 1; /* one row: no channel has a number of its own here */
+#define ON_GRID(rows, n) add_block(x, x_apart, u, u_apart, last, C, rule, 1, 0, &beyond, c, rows, s, n)
+#define EXACT(rows, n) add_block(x, x_apart, u, u_apart, last, C, rule, 0, 1, &beyond, c, rows, s, n)
+#define FUSED(rows, n) add_block(x, x_apart, u, u_apart, last, C, rule, 0, 0, &beyond, c, rows, s, n)
+  if (!last && x_apart == S && u_apart == S) S *= C, C = 1; /* one row: no channel has a number of its own here */
   if (rule.step && last) {
-    BLOCKS(C, S, x, x_next, u, u_next, ON_GRID)
+    BLOCKS(C, S, x, x_next, x_apart, u, u_next, ON_GRID)
   } else if (rule.step) {
     ROWS(C, S, ON_GRID)
   } else if (exact && last) {
-    BLOCKS(C, S, x, x_next, u, u_next, EXACT)
+    BLOCKS(C, S, x, x_next, x_apart, u, u_next, EXACT)
   } else if (exact) {
     ROWS(C, S, EXACT)
   } else if (last) {
-    BLOCKS(C, S, x, x_next, u, u_next, FUSED)
+    BLOCKS(C, S, x, x_next, x_apart, u, u_next, FUSED)
   } else {
     ROWS(C, S, FUSED)
   }
@@ -263,12 +281,14 @@ static OWN whole add_to_sample(float *x, whole x_next, whole C, whole S, const f
 }
 
 /* x += factor r without a grid (step = 0); else x += step round(r before after). Returns how many left the range. */
-whole revtrain_add(float *x, whole stride, whole B, whole C, whole S, const float *u, whole u_stride, int last, float factor,
-                   float step, float before, float after, float limit, int threads) {
+whole revtrain_add(const view *x, const view *u, int last, whole B, whole C, whole R, whole S, float factor, float step,
+                   float before, float after, float limit, int threads) {
   sum_rule rule = {factor, step, before, after, limit};
-  whole beyond = 0;
-#pragma omp parallel for reduction(+ : beyond) PARALLEL(B * C * S)
-  for (whole b = 0; b < B; b++) beyond += add_to_sample(x + b * stride, stride, C, S, u + b * u_stride, u_stride, last, rule);
+  whole beyond = 0, x_next = next_of(*x, 0, C, R, S), u_next = next_of(*u, last, C, R, S);
+#pragma omp parallel for collapse(2) reduction(+ : beyond) PARALLEL(B * C * R * S)
+  for (whole b = 0; b < B; b++)
+    for (whole r = 0; r < R; r++)
+      beyond += add_to_row(row_of(*x, b, r), x_next, x->channel, C, S, row_of(*u, b, r), u_next, u->channel, last, rule);
   return beyond;
 }
 
@@ -381,43 +401,46 @@ void revtrain_undo(float *y, float *dy, const uint8_t *signs, whole B, whole C, 
 }
 
 /* dx += scale du for a block; what is to be summed is added to `lanes` and `lanes_x` */
-static INLINE void gradient_block(float *dx, const float *du, int last, const float *x, whole C, whole S, const float *mean,
-                                  const float *scale, vector lanes[N], vector lanes_x[N], whole c, whole rows, whole s, whole n) {
+static INLINE void gradient_block(float *dx, whole d_apart, const float *du, whole u_apart, int last, const float *x,
+                                  whole x_apart, whole C, const float *mean, const float *scale, vector lanes[N],
+                                  vector lanes_x[N], whole c, whole rows, whole s, whole n) {
   vector r[N] = {0};
-  fetch(r, du, last, C, S, c, rows, s, n);
+  fetch(r, du, last, C, u_apart, c, rows, s, n);
   UNROLLED for (whole i = 0; i < rows; i++) {
-    whole at = (c + i) * S + s;
+    float *to = dx + (c + i) * d_apart + s;
     lanes[i] += r[i];
-    lanes_x[i] += (load(x + at, n) - mean[c + i]) * r[i];
-    store(dx + at, fused(r[i], all(scale[c + i]), load(dx + at, n)), n);
+    lanes_x[i] += (load(x + (c + i) * x_apart + s, n) - mean[c + i]) * r[i];
+    store(to, fused(r[i], all(scale[c + i]), load(to, n)), n);
   }
 }
 
-static OWN void norm_gradient_of_sample(float *dx, const float *du, int last, const float *x, whole C, whole S, const float *mean,
-                                        const float *scale, double *sums, double *sums_x) {
+static OWN void norm_gradient_of_row(float *dx, whole d_apart, const float *du, whole u_apart, int last, const float *x,
+                                     whole x_apart, whole C, whole S, const float *mean, const float *scale, double *sums,
+                                     double *sums_x) {
   for (whole c = 0; c < C; c += N) {
     whole rows = least(N, C - c);
-    double one[N] = {0}, other[N] = {0};
     for (whole begin = 0; begin < S; begin += ADDED) {
       vector lanes[N] = {0}, lanes_x[N] = {0};
       for (whole s = begin; s < least(begin + ADDED, S); s += N)
         if (rows == N && S - s >= N)
-          gradient_block(dx, du, last, x, C, S, mean, scale, lanes, lanes_x, c, N, s, N);
+          gradient_block(dx, d_apart, du, u_apart, last, x, x_apart, C, mean, scale, lanes, lanes_x, c, N, s, N);
         else
-          gradient_block(dx, du, last, x, C, S, mean, scale, lanes, lanes_x, c, rows, s, least(N, S - s));
-      for (whole i = 0; i < rows; i++) one[i] += sum_of(lanes[i]), other[i] += sum_of(lanes_x[i]);
+          gradient_block(dx, d_apart, du, u_apart, last, x, x_apart, C, mean, scale, lanes, lanes_x, c, rows, s, least(N, S - s));
+      for (whole i = 0; i < rows; i++) sums[c + i] += sum_of(lanes[i]), sums_x[c + i] += sum_of(lanes_x[i]);
     }
-    for (whole i = 0; i < rows; i++) sums[c + i] = one[i], sums_x[c + i] = other[i];
   }
 }
 
-/* dx += scale du; sums (2, B, C): of du and of du (x - mean) */
-void revtrain_norm_gradient(float *dx, whole d_stride, const float *du, whole u_stride, int last, const float *x, whole stride,
-                            whole B, whole C, whole S, const float *mean, const float *scale, double *sums, int threads) {
-#pragma omp parallel for PARALLEL(B * C * S)
-  for (whole b = 0; b < B; b++)
-    norm_gradient_of_sample(dx + b * d_stride, du + b * u_stride, last, x + b * stride, C, S, mean, scale, sums + b * C,
-                            sums + (B + b) * C);
+/* dx += scale du; to the zeros in sums (2, B, parts, C), each of some rows: of du and of du (x - mean) */
+void revtrain_norm_gradient(const view *dx, const view *du, int last, const view *x, whole B, whole C, whole R, whole S,
+                            const float *mean, const float *scale, double *sums, whole parts, int threads) {
+#pragma omp parallel for PARALLEL(B * C * R * S)
+  for (whole i = 0; i < B * parts; i++) {
+    whole b = i / parts, part = i % parts;
+    for (whole r = R * part / parts; r < R * (part + 1) / parts; r++)
+      norm_gradient_of_row(row_of(*dx, b, r), dx->channel, row_of(*du, b, r), du->channel, last, row_of(*x, b, r), x->channel, C,
+                           S, mean, scale, sums + i * C, sums + (B * parts + i) * C);
+  }
 }
 
 /* dx -= slope x + shift */

@@ -155,7 +155,7 @@ def test_code_in_a_file_is_never_run(tmp_path, save):
         ({"arch": "revnet"}, ("arch=hybrid", "arch=revnet")),
         ({"depth": 9}, ("depth=6", "depth=9")),
         ({"width": 48}, ("width=32", "width=48")),
-        ({"pooling": ["batch"]}, ("pooling=['channel', 'channel']", "pooling=['batch']")),
+        ({"pooling": ["batch"]}, ("pooling=[channel,channel]", "pooling=[batch]")),
     ],
 )
 def test_a_checkpoint_of_another_network_is_refused(change, both):

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 import revtrain.conf
 from revtrain.conf import _given, compose, slug
-from revtrain.config import all_keys, expected, flat, flatten, own_keys, read, registry, schema, sections
+from revtrain.config import all_keys, expected, flat, flatten, own_keys, read, registry, schema, sections, typed
 from revtrain.config.help import keys_help
 from revtrain.data import datasets
 from revtrain.data.synthetic import facts
@@ -216,3 +216,16 @@ def test_help_shows_every_owners_default_of_a_key():
     (line,) = (line for line in keys_help().splitlines() if line.strip().startswith("data.train_images"))
     assert line.endswith("[256 or 10000]")
     assert "with data=far_apart or synthetic" in keys_help()
+
+
+def test_values_in_messages_can_be_typed():
+    """A whole configuration, its values given back as messages have them, is the same."""
+    base = ["arch=chunked", "data=synthetic"]
+    before = flatten(OmegaConf.to_container(compose([*base, "data.image_size=[32,96]", "lr=0.123456789"])))
+    words = [
+        f"{name}={typed(value)}"
+        for name, value in before.items()
+        if name in all_keys().keys() - {"arch"} and value != ""
+    ]
+    assert flatten(OmegaConf.to_container(compose([*base, *words]))) == before
+    assert {"data.image_size=[32,96]", "lr=0.123456789", "data.augment.flip=true", "resume=null"} <= set(words)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from revtrain.config import AugmentConfig, DataConfig
+from revtrain.config import AugmentConfig, DataConfig, typed
 from revtrain.data import (
     Split,
     augment,
@@ -274,7 +274,7 @@ def test_the_smaller_side_of_a_synthetic_image_holds_the_shape():
 )
 def test_synthetic_refuses(change):
     key, value = next(iter(change.items()))
-    refused(changed(SMALL, **change), f"data.{key}={value}")
+    refused(changed(SMALL, **change), f"data.{key}={typed(value)}")
 
 
 @pytest.fixture(scope="module")
@@ -366,7 +366,7 @@ def test_far_apart_keeps_its_marks_apart_in_a_rectangle():
     assert split.images.shape[-2:] == (32, 128) and torch.equal((left == right).long(), split.labels)
     middle = split.images[..., 32:96].int() - far_apart.GREY
     assert middle.abs().max() <= far_apart.NOISE
-    refused(replace(APART, image_size=[32, 100]), "data.image_size=[32, 96]")
+    refused(replace(APART, image_size=[32, 100]), "data.image_size=[32,96]")
 
 
 def test_far_apart_shows_a_patch_of_half_the_side_one_mark_at_most():

@@ -290,7 +290,7 @@ def test_classes_of_the_data_reach_the_head():
         (["arch=hybrid", "depth=0"], "depth=0", "1 or more"),
         (["arch=layerwise", "depth=-1"], "depth=-1", "1 or more"),
         (["arch=revnet_gomez", "stage_channels=[64]"], "stage_channels=[64]", "even number for each pooling"),
-        (["arch=revnet_gomez", "stage_channels=[64,33]"], "stage_channels=[64, 33]", "none below"),
+        (["arch=revnet_gomez", "stage_channels=[64,33]"], "stage_channels=[64,33]", "none below"),
         (["arch=revnet_gomez", "depth=2"], "depth=2", "depth=3 or more"),
         (["arch=resnet18", "depth=20"], "depth=20", "depth=18 or depth=34"),
         (["arch=hybrid", "pooling=[stride,channel]"], "stride", "channel, batch"),

@@ -100,8 +100,8 @@ def test_blocks_that_start_at_zero_pass_on_what_they_are_given():
     [
         (("width=7",), 32, ("width=7", "width=8")),
         (("slope=-0.2",), 32, ("slope=-0.2", "0 < slope <= 1")),
-        (("pooling=[channel,batch]",), 32, ("pooling=['channel', 'batch']", "pooling=[channel,channel]")),
-        (("pooling=[stride]",), 32, ("pooling=['stride']", "pooling=[channel,channel]")),
+        (("pooling=[channel,batch]",), 32, ("pooling=[channel,batch]", "pooling=[channel,channel]")),
+        (("pooling=[stride]",), 32, ("pooling=[stride]", "pooling=[channel,channel]")),
         ((), (32, 30), ("32x30", "image_size")),
     ],
     ids=["width", "slope", "batch", "stride", "size"],

@@ -16,7 +16,7 @@ from revtrain.config.door import (
     sections,
 )
 from revtrain.config.image_size import ImageSize
-from revtrain.config.keys import Key, absolute, did_you_mean, key, keys_of, word
+from revtrain.config.keys import Key, absolute, did_you_mean, key, keys_of, typed, word
 from revtrain.config.memory_size import parse_memory
 from revtrain.config.schema import (
     IGNORED,
@@ -61,5 +61,6 @@ __all__ = [
     "read",
     "schema",
     "sections",
+    "typed",
     "word",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from revtrain.config.door import own_keys
-from revtrain.config.keys import Key, keys_of
+from revtrain.config.keys import Key, keys_of, typed
 from revtrain.config.schema import DataConfig, Machine, Network, ProbeConfig, Training
 
 CHOSEN = ("arch", "data.name")  # by the groups, which have a list of their own
@@ -50,16 +50,8 @@ def _own_entries(package: str, group: str) -> list[str]:
 def _entry(keys: list[Key], indent: int) -> list[str]:
     """Of one key, as each of its owners states it: the words of the first, and all defaults where they differ."""
     key = keys[0]
-    default = " or ".join(dict.fromkeys(each.rule.shown or _shown(each.default) for each in keys))
+    default = " or ".join(dict.fromkeys(each.rule.shown or typed(each.default) for each in keys))
     words = [choice for choice in key.rule.choices if choice not in key.rule.help]
     choices = f": {', '.join(key.rule.choices)}" if words else ""
     first, *rest = textwrap.wrap(f"{key.rule.help}{choices} [{default}]", WIDTH - COLUMN - 2)
     return [f"{' ' * indent + key.name:<{COLUMN}}  {first}", *(" " * (COLUMN + 2) + line for line in rest)]
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return f"[{','.join(map(str, value))}]"
-    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
@@ -118,6 +118,17 @@ def word(name: str, value: str) -> str:
     return f"{name}='{quoted}'"
 
 
+def typed(value: object) -> str:
+    """A value as one types it on the command line: null, true, [1,2]."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"[{','.join(map(typed, value))}]"
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else str(value)
+    return str(value)
+
+
 def absolute(path: str) -> str:
     """The path from the root on. What begins with a home (~) stays, and all where the working folder is gone."""
     if not path or path.startswith("~"):
@@ -141,11 +152,11 @@ def check(key: Key, value: Any, choices: Iterable[str] | None = None) -> None:
         return
     if value is not None and not _has_type(key, value):
         raise RevtrainError(
-            f"{key.name}={value} was given; expected {in_words(key)}.\nrevtrain --help shows the defaults."
+            f"{key.name}={typed(value)} was given; expected {in_words(key)}.\nrevtrain --help shows the defaults."
         )
     if key.takes_auto and isinstance(value, str) and value != "auto":
         raise RevtrainError(
-            f"{key.name}={value} was given; expected {in_words(key)}.{did_you_mean(value, ['auto'])}\n"
+            f"{key.name}={typed(value)} was given; expected {in_words(key)}.{did_you_mean(value, ['auto'])}\n"
             f"{key.name}=auto: {key.rule.help.partition('auto: ')[2]}."
         )
     words = tuple(choices if choices is not None else key.rule.choices)
@@ -169,7 +180,8 @@ def _has_type(key: Key, value: Any) -> bool:
 def _check_choice(key: Key, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise RevtrainError(
-            f"{key.name}={value} was given; expected one of: {', '.join(choices)}.{did_you_mean(value, choices)}\n"
+            f"{key.name}={typed(value)} was given; expected one of: {', '.join(choices)}."
+            f"{did_you_mean(value, choices)}\n"
             + (f"{key.name}: {key.rule.remark}." if key.rule.remark else f"Choose one, as in {key.name}={choices[0]}.")
         )
 
@@ -181,9 +193,10 @@ def _check_whole_number(key: Key, value: int | None) -> None:
             f"{key.name}={value} was given; expected a whole number of at most {int(rule.at_most)}.\nUse a smaller one."
         )
     if value is None or value < least:
-        given = "null" if value is None else value
         remark = f"{rule.remark[:1].upper()}{rule.remark[1:]}" if rule.remark else f"Use {key.name}={least} or more"
-        raise RevtrainError(f"{key.name}={given} was given; expected a whole number of at least {least}.\n{remark}.")
+        raise RevtrainError(
+            f"{key.name}={typed(value)} was given; expected a whole number of at least {least}.\n{remark}."
+        )
 
 
 def _check_number(key: Key, value: float | None) -> None:
@@ -197,10 +210,9 @@ def _check_number(key: Key, value: float | None) -> None:
     if not wanted and value is not None:
         return  # its owner has more to say than a bound
     if value is None or not math.isfinite(value) or not all(holds for _, holds in wanted):
-        given = "null" if value is None else f"{value:g}"
         wish = f" {' and '.join(text for text, _ in wanted)}" if wanted else ""
-        default = "null (off)" if key.default is None else key.default
+        default = "null (off)" if key.default is None else typed(key.default)
         raise RevtrainError(
-            f"{key.name}={given} was given; expected a number{wish}.\n"
+            f"{key.name}={typed(value)} was given; expected a number{wish}.\n"
             + (f"{rule.remark}." if rule.remark else f"The default is {key.name}={default}.")
         )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revtrain.config import DataConfig, ImageSize, registry
+from revtrain.config import DataConfig, ImageSize, registry, typed
 from revtrain.data.streamed import StreamedSplit
 from revtrain.errors import RevtrainError
 
@@ -131,7 +131,9 @@ def load_data(cfg: DataConfig[Any], divisor: int = 1, seed: int = 0) -> Dataset:
             f"Install torch and torchvision together, from one index; data={', '.join(free)} needs no torchvision."
         ) from error
     if cfg.size is not None and min(cfg.size) < 1:
-        raise RevtrainError(f"data.image_size={cfg.image_size} is no number of pixels.\nGive 1 or more, or null.")
+        raise RevtrainError(
+            f"data.image_size={typed(cfg.image_size)} is no number of pixels.\nGive 1 or more, or null."
+        )
 
     train, test, classes = source.load(cfg)
     if isinstance(train, StreamedSplit):

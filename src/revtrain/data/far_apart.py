@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from revtrain.config import DataConfig, ImageSize, key
+from revtrain.config import DataConfig, ImageSize, key, typed
 from revtrain.data import Facts
 from revtrain.errors import RevtrainError
 
@@ -64,8 +64,8 @@ def load(cfg: DataConfig[Settings]) -> tuple[Split, Split, list[str]]:
     size = ImageSize.of(cfg.image_size or IMAGE_SIZE)
     if size.height % UNIT or size.width % UNIT:
         raise RevtrainError(
-            f"data.image_size={cfg.image_size} does not fit the marks, some sixteenths of a side tall and wide.\n"
-            f"Give a multiple of {UNIT}, such as data.image_size={size.nearest(UNIT).plain}."
+            f"data.image_size={typed(cfg.image_size)} does not fit the marks, sixteenths of a side tall and wide.\n"
+            f"Give a multiple of {UNIT}, such as data.image_size={typed(size.nearest(UNIT).plain)}."
         )
     if cfg.own.seed < 0:
         raise RevtrainError(f"data.seed={cfg.own.seed} is negative.\nGive 0 or more.")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from revtrain.config import DataConfig, ImageSize, key
+from revtrain.config import DataConfig, ImageSize, key, typed
 from revtrain.data import Facts
 from revtrain.errors import RevtrainError
 
@@ -58,7 +58,7 @@ def drawn(cfg: DataConfig[Settings], masks: bool = False) -> tuple[Split, Split]
     size = ImageSize.of(cfg.image_size or IMAGE_SIZE)
     if min(size) < 16:
         raise RevtrainError(
-            f"data.image_size={cfg.image_size} is too small for the synthetic shapes.\nGive 16 or more."
+            f"data.image_size={typed(cfg.image_size)} is too small for the synthetic shapes.\nGive 16 or more."
         )
     if cfg.own.seed < 0:
         raise RevtrainError(f"data.seed={cfg.own.seed} is negative.\nGive 0 or more.")

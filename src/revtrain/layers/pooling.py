@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from revtrain.config import ImageSize
+from revtrain.config import ImageSize, typed
 from revtrain.core.gradients import Gradients
 from revtrain.core.layer import InvertibleLayer
 from revtrain.errors import RevtrainError
@@ -283,9 +283,9 @@ def check_pooling(pooling: Sequence[str], image_size: int | Sequence[int]) -> No
     of `pooling`."""
     divisor, size = 2 ** len(pooling), ImageSize.of(image_size)
     if size.height % divisor or size.width % divisor:
-        given = str(size.nearest(divisor).plain).replace(" ", "")
+        given = typed(size.nearest(divisor).plain)
         raise RevtrainError(
-            f"Images of {size} pixels cannot be halved {len(pooling)} times (pooling={list(pooling)}).\n"
+            f"Images of {size} pixels cannot be halved {len(pooling)} times (pooling={typed(pooling)}).\n"
             f"Expected sides that {divisor} divides: use data.image_size={given} or data.crop={given}, "
             "or fewer pooling entries."
         )

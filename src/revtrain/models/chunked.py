@@ -26,7 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from revtrain.config import CouplingSettings, Network, key
+from revtrain.config import CouplingSettings, Network, key, typed
 from revtrain.errors import RevtrainError
 from revtrain.memory.closed_form import FLOAT, Module, Term, Work
 from revtrain.memory.formulas import (
@@ -92,7 +92,7 @@ def expansions(network: Network[Settings]) -> list[float]:
     found = given * stages if len(given) == 1 else given
     if len(found) != stages or any(e <= 0 for e in found):
         raise RevtrainError(
-            f"expansion={given} does not fit {stages} stages (pooling={list(network.pooling)}).\n"
+            f"expansion={typed(given)} does not fit {stages} stages (pooling={typed(network.pooling)}).\n"
             f"Expected {stages} positive numbers, one for all stages as in expansion=[1], or none: expansion=[]."
         )
     return found

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from revtrain.config import CouplingSettings, Network
+from revtrain.config import CouplingSettings, Network, typed
 from revtrain.core.chain import InvertibleChain
 from revtrain.core.layer import InvertibleLayer
 from revtrain.core.names import former_names
@@ -135,7 +135,7 @@ def build_reversible(
                 sub_images *= 4
             else:
                 raise RevtrainError(
-                    f"pooling={list(network.pooling)}: {kind!r} cannot be inverted in arch={network.arch}.\n"
+                    f"pooling={typed(network.pooling)}: {kind!r} cannot be inverted in arch={network.arch}.\n"
                     "Expected a list of: channel, batch."
                 )
         for _ in range(units):

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from revtrain.config import Network
+from revtrain.config import Network, typed
 from revtrain.errors import RevtrainError
 from revtrain.memory.closed_form import EQ_STORED, Module, Work
 from revtrain.memory.formulas import (
@@ -55,7 +55,7 @@ def build(network: Network[None], images: Images) -> nn.Sequential:
         raise RevtrainError(f"depth={network.depth} is no standard depth of resnet18.\nExpected depth=18 or depth=34.")
     if list(network.pooling) != ["stride"] * 3:
         raise RevtrainError(
-            f"pooling={list(network.pooling)} does not fit arch=resnet18.\nExpected pooling=[stride,stride,stride]."
+            f"pooling={typed(network.pooling)} does not fit arch=resnet18.\nExpected pooling=[stride,stride,stride]."
         )
     check_pooling(network.pooling, images.size)
     channels = network.width

@@ -37,7 +37,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from revtrain.config import CouplingSettings, Network, key
+from revtrain.config import CouplingSettings, Network, key, typed
 from revtrain.errors import RevtrainError
 from revtrain.memory.closed_form import EQ_STORED, FLOAT, Module, Term, Work
 from revtrain.memory.formulas import (
@@ -92,7 +92,7 @@ def build(network: Network[Settings], images: Images) -> nn.Sequential:
         )
     if any(kind != "stride" for kind in network.pooling):
         raise RevtrainError(
-            f"pooling={list(network.pooling)} does not fit arch=revnet.\n"
+            f"pooling={typed(network.pooling)} does not fit arch=revnet.\n"
             "Expected only stride entries, e.g. pooling=[stride,stride,stride]; channel and batch pooling are for "
             "fully invertible architectures."
         )
@@ -135,12 +135,12 @@ def channels_of_stages(network: Network[Settings]) -> list[int]:
     found = [network.width, *given]
     if len(given) != stages_after or any(each % 2 for each in given) or found != sorted(found):
         raise RevtrainError(
-            f"stage_channels={given} was given with width={network.width} and {stages_after} poolings.\n"
+            f"stage_channels={typed(given)} was given with width={network.width} and {stages_after} poolings.\n"
             "Expected an even number for each pooling, none below the one before, as in stage_channels=[64,112]."
         )
     if network.depth <= stages_after:
         raise RevtrainError(
-            f"depth={network.depth} was given with stage_channels={given}; expected a block for each of "
+            f"depth={network.depth} was given with stage_channels={typed(given)}; expected a block for each of "
             f"{stages_after + 1} stages.\nUse depth={stages_after + 1} or more."
         )
     return found
@@ -151,7 +151,7 @@ def memory(network: Network[Settings], images: Images) -> list[Module]:
     memory.formulas. Raises `RevtrainError` with `stage_channels`, which has none."""
     if network.own.stage_channels:
         raise RevtrainError(
-            f"stage_channels={list(network.own.stage_channels)} has no closed form of its memory.\n"
+            f"stage_channels={typed(network.own.stage_channels)} has no closed form of its memory.\n"
             "plan=true predicts it: a step on fake tensors, which serves any network."
         )
     symbols = Symbols(network)

@@ -36,7 +36,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from revtrain.config import CouplingSettings, Network
+from revtrain.config import CouplingSettings, Network, typed
 from revtrain.errors import RevtrainError
 from revtrain.memory.closed_form import EQ_STORED, EQ_TOTAL, FLOAT, Module, Term, Work
 from revtrain.memory.formulas import (
@@ -104,7 +104,7 @@ def build(network: Network[Settings], images: Images) -> ReversibleNet:
 
     if any(kind != "channel" for kind in network.pooling):
         raise RevtrainError(
-            f"pooling={list(network.pooling)} does not fit arch=unet, whose way up undoes what its way down has done.\n"
+            f"pooling={typed(network.pooling)} does not fit arch=unet, whose way up undoes what its way down did.\n"
             "Expected only channel entries, one for each level below the first, e.g. pooling=[channel,channel]."
         )
     check_pooling(network.pooling, images.size)

@@ -22,7 +22,7 @@ from typing import Any, Protocol, get_args, get_origin, get_type_hints, is_typed
 import torch
 from torch import nn
 
-from revtrain.config import all_keys, flatten, word
+from revtrain.config import all_keys, flatten, typed, word
 from revtrain.errors import RevtrainError
 from revtrain.machine import torchrun as launch
 from revtrain.machine.files import write_atomic
@@ -239,8 +239,8 @@ def check_compatible(
     if foreign:
         raise RevtrainError(
             "resume: the checkpoint is of another network.\n"
-            f"In the checkpoint: {', '.join(f'{key}={before.get(key)}' for key in foreign)}; "
-            f"given now: {', '.join(f'{key}={now[key]}' for key in foreign)}.\n"
+            f"In the checkpoint: {', '.join(f'{key}={typed(before.get(key))}' for key in foreign)}; "
+            f"given now: {', '.join(f'{key}={typed(now[key])}' for key in foreign)}.\n"
             f"To go on with it as it was: {command(config['resume'])}"
         )
     if state["epoch"] >= config["epochs"] and not in_place:
@@ -253,11 +253,11 @@ def check_compatible(
     if state.get("partial") and order:
         raise RevtrainError(
             f"resume: the checkpoint is from within epoch {state['epoch'] + 1}, which needs the same batch and data.\n"
-            f"In the checkpoint: {', '.join(f'{key}={before.get(key)}' for key in order)}; "
-            f"given now: {', '.join(f'{key}={now[key]}' for key in order)}.\n"
+            f"In the checkpoint: {', '.join(f'{key}={typed(before.get(key))}' for key in order)}; "
+            f"given now: {', '.join(f'{key}={typed(now[key])}' for key in order)}.\n"
             f"Give the same, or begin at the end of the last complete epoch: the {PREVIOUS} beside it."
         )
-    return [f"{key}: {before.get(key)} in the checkpoint, {now[key]} now" for key in differing]
+    return [f"{key}: {typed(before.get(key))} in the checkpoint, {typed(now[key])} now" for key in differing]
 
 
 def capture(

@@ -12,6 +12,7 @@ import json
 import logging
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,10 @@ import pytest
 import torch
 
 import revtrain.data
+from revtrain.config import Config, registry
 from revtrain.kernels.cpu_kernels.build import library
+from revtrain.planning import predict
+from revtrain.planning.predict import predict_step_memory
 
 # A shell starts its background jobs with SIGINT ignored, and so perhaps this process: tests of Ctrl-C need it back.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -89,6 +93,25 @@ def read_checkpoint(run_dir: Path) -> dict[str, Any]:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
+
+
+_planned: dict[str, predict.StepMemory] = {}
+
+
+def plan_once(config: Config, classes: int, image_size: Any, batch: int, planned_for: str = "cpu") -> Any:
+    """`predict_step_memory`, a third of a tiny run, once for each network that the tests train."""
+    training = replace(config.training, lr=1.0, epochs=1)  # which no memory depends on
+    beside = os.environ.get(registry.VARIABLE)
+    key = repr((config.network, training, classes, tuple(image_size), batch, planned_for, beside))
+    if key not in _planned:
+        _planned[key] = predict_step_memory(config, classes, image_size, batch, planned_for)
+    return _planned[key]
+
+
+@pytest.fixture(autouse=True)
+def plans_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By runs, that is: who imports `predict_step_memory` has the function itself."""
+    monkeypatch.setattr(predict, "predict_step_memory", plan_once)
 
 
 @pytest.fixture

@@ -959,10 +959,10 @@ def try_configuration(command, folder, words, ends):
 CLEAN = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
-def test_30_random_configurations_run_or_are_refused(command, tmp_path):
+def test_16_random_configurations_run_or_are_refused(command, tmp_path):
     ends = []
 
-    @settings(max_examples=30, derandomize=True, database=None, deadline=None, suppress_health_check=CLEAN)
+    @settings(max_examples=16, derandomize=True, database=None, deadline=None, suppress_health_check=CLEAN)
     @given(CONFIGURATIONS)
     def check(words):
         try_configuration(command, tmp_path, words, ends)

@@ -6,7 +6,6 @@ Scratch inside a kernel (a convolution's workspace) is not seen.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from revtrain.data import Split
 from revtrain.kernels.operator import planning_for
 from revtrain.kernels.pieces import MIB, few_rounds
 from revtrain.machine import device as devices
+from revtrain.machine.collector import unburdened_collector
 from revtrain.memory.live import LiveStorages
 from revtrain.memory.macs import CountMacs
 from revtrain.models import Images, build
@@ -247,19 +247,9 @@ class StepPredictor:
             self._live,
             planning_for(self._planned_for),
             self._macs,
-            _unburdened_collector(),
+            unburdened_collector(),  # a third of the time otherwise
         ):
             yield
-
-
-@contextmanager
-def _unburdened_collector() -> Iterator[None]:
-    """Keep Python's garbage collector from walking over all of torch, time and again: a third of the time."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 # ---- what a run records of its step ---------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from revtrain import figures
 from revtrain.errors import RevtrainError, printable
+from revtrain.machine.collector import unburdened_collector
 from revtrain.numerics.decibels import EXACT_DB
 from revtrain.runs.schema import EVENTS, Line, Result, Tag
 
@@ -87,8 +88,8 @@ class Dashboard:
         self._writer.add_custom_scalars(LAYOUT)
         if timeline is not None and figures.available():
             title = f"Memory of one training step, {config['arch']}, batch {timeline.batch}: live storages, counted"
-            figure = figures.memory_timeline_figure(timeline.live_bytes, timeline.ends, timeline.always_bytes, title)
-            self._figure("memory/timeline", figure, 0)
+            what = (timeline.live_bytes, timeline.ends, timeline.always_bytes)
+            self._figure("memory/timeline", lambda: figures.memory_timeline_figure(*what, title), 0)
 
     def add(self, line: Line, result: Result) -> None:
         """The curves of one epoch, and now and then a figure of its SNRs."""
@@ -124,7 +125,7 @@ class Dashboard:
         if snr and figures.available() and self._is_due(line["epoch"]):
             forward = dict(reversed(layers.items()))  # the probe meets the last layer first
             title = f"SNR of the rebuilt activations, {result['arch']}, after epoch {line['epoch']}"
-            self._figure("snr_db/profile", figures.snr_profile_figure(forward, title), line["epoch"])
+            self._figure("snr_db/profile", lambda: figures.snr_profile_figure(forward, title), line["epoch"])
         self._writer.flush()
 
     def close(self, completed: bool) -> None:
@@ -140,10 +141,13 @@ class Dashboard:
         """Whether this epoch is one of those whose SNR profile is drawn: the first, the last, some between."""
         return epoch == self._epochs or epoch % max(1, -(-self._epochs // (FIGURES - 1))) == 0
 
-    def _figure(self, tag: str, figure: Figure, epoch: int) -> None:
-        self._writer.add_image(tag, figures.pixels(figure), epoch, dataformats="HWC")
-        figure.clear()
-        gc.collect()  # a figure is full of cycles: about a megabyte each would stay for a long time
+    def _figure(self, tag: str, draw: Callable[[], Figure], epoch: int) -> None:
+        with unburdened_collector():
+            figure = draw()
+            self._writer.add_image(tag, figures.pixels(figure), epoch, dataformats="HWC")
+            figure.clear()
+            del figure
+            gc.collect()  # a figure is full of cycles: about a megabyte each would stay for a long time
 
 
 def _for_tensorboard(run_dir: Path) -> str:

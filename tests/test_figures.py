@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 
 import pytest
 import torch
@@ -124,6 +126,29 @@ def test_the_event_file_of_a_long_run_holds_few_figures(tmp_path):
     steps = [each.step for each in events.Images("snr_db/profile")]
     assert steps[0] == 0 and steps[-1] == 300 and 5 <= len(steps) <= FIGURES
     assert len(events.Images("memory/timeline")) == 1
+
+
+@needs_matplotlib
+def test_a_figure_is_gone_with_its_epoch_and_the_collector_looks_at_nothing_older(tmp_path, monkeypatch):
+    class Cycle:
+        pass
+
+    old = Cycle()
+    old.itself = old
+    older, drawn, pixels = weakref.ref(old), [], figures.pixels
+    monkeypatch.setattr(figures, "pixels", lambda figure: drawn.append(weakref.ref(figure)) or pixels(figure))
+    writer = RunWriter(tmp_path, OmegaConf.to_container(compose([*TINY, "epochs=1"]), resolve=True), [])
+    writer.result["bytes_per_pixel"] = 100.0
+    writer.start([], None)
+    gc.disable()
+    try:
+        del old
+        snr = {"minimum": 80.0, "minimum_layer": "a", "layers": SNR}
+        writer.epoch({**dict.fromkeys(LINE_KEYS), "epoch": 1, "snr_db": snr})
+        assert [figure() for figure in drawn] == [None] and older() is not None
+    finally:
+        gc.enable()
+    writer.finish("completed")
 
 
 def test_without_matplotlib_a_run_goes_on_without_figures(command, monkeypatch):

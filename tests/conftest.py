@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import revtrain.data
-from revtrain.config import Config, registry
+from revtrain.config import ImageSize, read, registry
 from revtrain.kernels.cpu_kernels.build import library
 from revtrain.planning import predict
 from revtrain.planning.predict import predict_step_memory
@@ -98,13 +98,14 @@ def _refuse(constant: str) -> None:
 _planned: dict[str, predict.StepMemory] = {}
 
 
-def plan_once(config: Config, classes: int, image_size: Any, batch: int, planned_for: str = "cpu") -> Any:
+def plan_once(config: Any, classes: int, image_size: Any, batch: int, planned_for: str = "cpu") -> Any:
     """`predict_step_memory`, a third of a tiny run, once for each network that the tests train."""
+    config, size = read(config), ImageSize.of(image_size)
     training = replace(config.training, lr=1.0, epochs=1)  # which no memory depends on
     beside = os.environ.get(registry.VARIABLE)
-    key = repr((config.network, training, classes, tuple(image_size), batch, planned_for, beside))
+    key = repr((config.network, training, classes, size, batch, planned_for, beside))
     if key not in _planned:
-        _planned[key] = predict_step_memory(config, classes, image_size, batch, planned_for)
+        _planned[key] = predict_step_memory(config, classes, size, batch, planned_for)
     return _planned[key]
 
 

@@ -31,6 +31,7 @@ from revtrain.errors import RevtrainError
 from revtrain.machine import device as devices
 from revtrain.machine import files
 from revtrain.optim import learning_rate, make_optimizer
+from revtrain.planning.predict import predict_step_memory
 from revtrain.runs.writer import LINE_KEYS
 from revtrain.training import run as train
 from revtrain.training.forecast import Forecast, in_words
@@ -72,7 +73,7 @@ def test_the_result_has_all_that_the_contract_names(hybrid):
 
 def test_memory_is_that_of_the_device_independent_count(hybrid):
     result, _ = hybrid
-    memory = revtrain.planning.predict.predict_step_memory(compose(HYBRID), 10, 32, 16)
+    memory = predict_step_memory(compose(HYBRID), 10, 32, 16)
     assert result["bytes_per_pixel"] == memory.bytes_per_pixel
     assert result["memory_bytes"] == {
         "peak": memory.peak_bytes, "parameters": memory.parameter_bytes, "gradients": memory.gradient_bytes,

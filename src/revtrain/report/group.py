@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from revtrain.config import flatten, registry
+from revtrain.config import flatten, registry, typed
 from revtrain.runs.read import Run
 
 # keys without influence on what a run computes: two runs that differ in them repeat each other
@@ -128,10 +128,8 @@ def show(value: Any, length: int = 40) -> str:
     """A setting as on the command line, in at most `length` characters."""
     if isinstance(value, list):
         text = f"[{','.join(show(each, length) for each in value)}]"
-    elif value is None or isinstance(value, bool):
-        text = json.dumps(value)
     else:
-        text = f"{value:g}" if isinstance(value, float) else str(value)
+        text = f"{value:g}" if isinstance(value, float) else typed(value)
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 

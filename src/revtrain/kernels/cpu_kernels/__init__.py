@@ -8,7 +8,6 @@ of the operators.
 from __future__ import annotations
 
 from functools import lru_cache
-from operator import not_, or_
 from typing import NamedTuple
 
 import torch
@@ -56,12 +55,12 @@ def read_part(
     if not serves(part, scale, shift):
         return None
     u = torch.empty(part.shape, dtype=dtype, memory_format=memory_format_of(part, channels_last))
-    way = way_through(part.shape, part.stride(), u.stride())
-    if way is None or way.last[0]:
+    way = way_through(part.shape, u.stride(), part.stride())
+    if way is None:
         return None
     scale, shift = (None if each is None else each.contiguous() for each in (scale, shift))
-    of_part, of_u = way.views(part, u)
-    _call("read", of_part, of_u, way.last[1], *way.shape, unit, _at(scale), _at(shift))
+    of_u, of_part = way.views(u, part)
+    _call("read", of_part, of_u, way.last, *way.shape, unit, _at(scale), _at(shift))
     return u
 
 
@@ -71,11 +70,12 @@ def add_to_part_(
     """`exact`: a product with `factor` is."""
     if part.shape != residual.shape or not serves(part, residual):
         return False
-    way = way_through(part.shape, part.stride(), residual.stride())
-    if way is None or way.last[0]:
+    way = way_through(part.shape, residual.stride(), part.stride())
+    if way is None:
         return False
     before, after = (1.0, 1.0) if not step else (factor / step, 1.0) if exact else (factor, 1 / step)
-    beyond = _call("add", *way.views(part, residual), way.last[1], *way.shape, factor, step, before, after, limit)
+    of_residual, of_part = way.views(residual, part)
+    beyond = _call("add", of_part, of_residual, way.last, *way.shape, factor, step, before, after, limit)
     _written(part)
     if overflows is not None and step:
         overflows += beyond
@@ -140,15 +140,15 @@ def add_norm_gradient_(dpart: Tensor, du: Tensor, part: Tensor, mean: Tensor, sc
     """The sums (2, C), float32, of these values alone."""
     if not serves(dpart, du, part, mean, scale):
         return None
-    way = way_through(part.shape, dpart.stride(), du.stride(), part.stride())
-    if way is None or way.last[0] or way.last[2]:
+    way = way_through(part.shape, du.stride(), dpart.stride(), part.stride())
+    if way is None:
         return None
     samples, channels, rows, _ = way.shape
     parts = min(rows, SUMS)
     made = torch.zeros(2, samples * parts, channels, dtype=torch.float64)
     mean, scale = mean.contiguous(), scale.contiguous()
-    of_dpart, of_du, of_part = way.views(dpart, du, part)
-    _call("norm_gradient", of_dpart, of_du, way.last[1], of_part, *way.shape, _at(mean), _at(scale), _at(made), parts)
+    of_du, of_dpart, of_part = way.views(du, dpart, part)
+    _call("norm_gradient", of_dpart, of_du, way.last, of_part, *way.shape, _at(mean), _at(scale), _at(made), parts)
     _written(dpart)
     return made.sum(1).to(part.dtype)
 
@@ -189,7 +189,7 @@ class Way(NamedTuple):
 
     shape: tuple[int, int, int, int]  # samples, channels, rows, pixels of a row
     apart: tuple[tuple[int, int, int], ...]  # of each tensor: how many values samples, rows and channels lie apart
-    last: tuple[bool, ...]  # of each tensor: whether it is channels last
+    last: bool  # whether the first of them is channels last
 
     def views(self, *tensors: Tensor) -> tuple[View, ...]:
         """For the compiled passes."""
@@ -198,8 +198,8 @@ class Way(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def way_through(shape: tuple[int, ...], *strides: tuple[int, ...]) -> Way | None:
-    """Through tensors of one shape (B, C, ...), which may be tiles of others; None where one has no rows without gaps,
-    or values that share memory."""
+    """Through tensors of one shape (B, C, ...), which may be tiles of others, the first one perhaps channels last; None
+    where one has no rows without gaps, or values that share memory."""
     if len(shape) < 2 or any(size > 1 and not step for each in strides for size, step in zip(shape, each, strict=True)):
         return None
     levels: list[tuple[int, tuple[int, ...]]] = []  # pixels of a row, rows, planes: how many, and their strides
@@ -220,12 +220,12 @@ def way_through(shape: tuple[int, ...], *strides: tuple[int, ...]) -> Way | None
     levels += [(1, (0,) * len(strides))] * (2 - len(levels))
     (pixels, of_pixels), (rows, of_rows), *planes = levels
     of_channels = tuple(each[1] for each in strides)
-    plain = [pixels == 1 or step == 1 for step in of_pixels]
-    last = [step == shape[1] and channel == 1 for step, channel in zip(of_pixels, of_channels, strict=True)]
-    if planes or not all(map(or_, plain, last)):
+    first, *others = (pixels == 1 or step == 1 for step in of_pixels)
+    last = not first and of_pixels[0] == shape[1] and of_channels[0] == 1
+    if planes or not (first or last) or not all(others):
         return None
     apart = tuple(zip(samples[1], of_rows, of_channels, strict=True))
-    return Way((samples[0], shape[1], rows, pixels), apart, tuple(map(not_, plain)))
+    return Way((samples[0], shape[1], rows, pixels), apart, last)
 
 
 def has_rows(x: Tensor) -> bool:
